@@ -1,0 +1,176 @@
+"""The two central nouns: a `Patch` is one trained change at one `Site`; a `Delta` is the named set of patches in one file.
+
+`Patch.change(base)`, the dense dW, *is* the definition of a method. The cheap forward (`contribution`), foreign packing
+and merging are optimisations of it, each tested against it. Strength is always `W + s*dW`; patches on one site add; a
+patch whose dW depends on W sees the base W, so order never matters.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vgm_peft.errors import DeltaError
+from vgm_peft.site import Op, Site
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+class Patch(nn.Module, ABC):
+    """One trained change at one site. A method is a subclass in a file of its own under `deltas/`.
+
+    A subclass sets `kind` (its name in files and recipes), `Options` (a frozen dataclass with defaults from the
+    literature), `ops` (what it can change), and writes `__init__` (parameters for a site and options, at their initial
+    values drawn from `generator`), `change`, and `contribution` when there is a way cheaper than the dense one.
+    Parameters are float32 unless moved; their names are the names in the file.
+    """
+
+    kind: ClassVar[str]
+    Options: ClassVar[type]
+    ops: ClassVar[frozenset[Op]]
+    base_free: ClassVar[bool] = True
+    """dW does not depend on W (LoRA: yes; DoRA: no)."""
+
+    def __init__(self, site: Site, options: Any, generator: torch.Generator | None = None) -> None:
+        """Make the patch at its initial values; `generator` (CPU) makes them reproducible. Raises `DeltaError` on a misfit."""
+        super().__init__()
+        self.site, self.options = site, options
+
+    @classmethod
+    @abstractmethod
+    def infer(cls, site: Site, tensors: Mapping[str, Tensor]) -> Any:
+        """Derive the `Options` under which `tensors` (this kind's parameter names) fit `site`, or raise `DeltaError`."""
+
+    @abstractmethod
+    def change(self, base: Tensor) -> Tensor:
+        """Return the dense dW at strength 1, of the base's shape, in the parameters' dtype.
+
+        `base` is the untouched base tensor (any float dtype; kinds that are `base_free` read only its shape).
+        Differentiable in the patch's parameters.
+        """
+
+    def contribution(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """Return what the patch adds to the layer's output at strength 1, given the layer's input `x`.
+
+        The default multiplies by the dense dW; subclasses do better. Must equal the default up to rounding.
+        """
+        base = cast(Tensor, getattr(layer, self.site.tensor))
+        return apply_dense(self.change(base).to(x.dtype), x, layer, self.site)
+
+    def add_to(self, output: Tensor, x: Tensor, layer: nn.Module, strength: float) -> Tensor:
+        """Return `output + strength * contribution(x)`; a subclass may fuse the addition into its last product."""
+        return output + strength * self.contribution(x, layer)
+
+    def extra_groups(self) -> Mapping[str, float]:
+        """Learning-rate factors by parameter-name suffix, where the method asks for them (LoRA+); empty for most."""
+        return {}
+
+
+def apply_dense(change: Tensor, x: Tensor, layer: nn.Module, site: Site) -> Tensor:
+    """Return `change` applied to `x` the way `layer` applies the tensor at `site` (without bias)."""
+    if site.op == "linear":
+        return F.linear(x, change)
+    if site.op == "conv":
+        return convolve(layer, x, change)
+    if site.op == "bias":
+        return (
+            change.view(-1, *[1] * (x.dim() - 2))
+            if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm))
+            else change
+        )
+    if site.op == "embedding":
+        return F.embedding(x, change)
+    if isinstance(layer, nn.GroupNorm):
+        return F.group_norm(x, layer.num_groups, change, None, layer.eps)
+    if isinstance(layer, nn.LayerNorm):
+        return F.layer_norm(x, list(layer.normalized_shape), change, None, layer.eps)
+    raise DeltaError(f"{site}: cannot apply a change to a {type(layer).__name__}")
+
+
+def convolve(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve `x` with `weight` at the stride, padding, dilation and groups of `layer` (a Conv1d, 2d or 3d), without bias."""
+    conv = cast(nn.Conv2d, layer)
+    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[weight.dim() - 2]
+    if conv.padding_mode != "zeros":
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)  # pyright: ignore[reportPrivateUsage]
+        return cast(Callable[..., Tensor], function)(x, weight, None, conv.stride, 0, conv.dilation, conv.groups)
+    return cast(Callable[..., Tensor], function)(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+@dataclass(frozen=True)
+class Word:
+    """A trained token: no weight change but new embedding rows, one stack (N, D) for every text encoder it was trained on."""
+
+    token: str
+    rows: dict[str, Tensor]
+    """Part name (`text_encoder`, `text_encoder_2`) -> (N, D) float tensor; N vectors, all parts the same N."""
+
+
+@dataclass
+class Delta:
+    """The named set of patches (and words) in one file: concrete, never subclassed.
+
+    `family` is the name of the kind of base model it fits; `metadata` what the file says of itself (text to text).
+    """
+
+    family: str
+    patches: dict[str, Patch] = field(default_factory=dict[str, Patch])
+    """Site name -> patch."""
+    words: dict[str, Word] = field(default_factory=dict[str, Word])
+    metadata: dict[str, str] = field(default_factory=dict[str, str])
+
+    @classmethod
+    def fit(
+        cls,
+        family: str,
+        method: type[Patch],
+        sites: Sequence[Site],
+        options: "DataclassInstance | None" = None,
+        *,
+        seed: int = 0,
+    ) -> Self:
+        """Make a fresh delta of one method on the given sites, reproducible by `seed`. Raises `DeltaError` on a misfit."""
+        generator = torch.Generator().manual_seed(seed)
+        settings = method.Options() if options is None else options
+        for site in sites:
+            if site.op not in method.ops:
+                raise DeltaError(
+                    f"{site}: {method.kind} cannot change it",
+                    expected="a site that is " + " or ".join(sorted(method.ops)),
+                )
+        return cls(family, {site.name: method(site, settings, generator) for site in sites})
+
+    def __iter__(self) -> Iterator[Patch]:
+        return iter(self.patches.values())
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The methods in it, sorted."""
+        return tuple(sorted({p.kind for p in self}))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the base it touches (by patches or words), sorted."""
+        return tuple(sorted({p.site.part for p in self} | {part for w in self.words.values() for part in w.rows}))
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every trainable tensor with its name, `site/param`, in file order."""
+        for name, patch in self.patches.items():
+            for key, parameter in patch.named_parameters():
+                yield f"{name}/{key}", parameter
+
+    def count(self) -> int:
+        """Number of trained values, words included."""
+        rows = sum(t.numel() for w in self.words.values() for t in w.rows.values())
+        return rows + sum(p.numel() for _, p in self.parameters())
+
+    def to(self, device: "torch.device | str | None" = None, dtype: torch.dtype | None = None) -> Self:
+        """Move all patches in place and return self."""
+        for patch in self:
+            patch.to(device=device, dtype=dtype)
+        return self

@@ -1,0 +1,198 @@
+"""The `Family` noun: a kind of base model, and `Base`, one loaded member of it.
+
+A family answers the questions on which Stable Diffusion 1.5 and SDXL (and later FLUX or DiT) differ: how prompts and
+pictures become tensors, how the network is called, which scheduler process it was trained on, which layers make sense
+to train, and how other tools spell its modules. Networks, VAEs, text encoders, schedulers and pipelines are those of
+diffusers and transformers. A new family is one file under `families/` and one line in its table.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vgm_peft.process import Process
+from vgm_peft.site import Site, find_sites
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the denoiser is told about the picture: `hidden` (B, T, D) token states, and for some families `pooled` (B, E)."""
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def pick(self, index: Sequence[int] | Tensor) -> "Condition":
+        """Return the chosen rows."""
+        rows = torch.as_tensor(index, device=self.hidden.device)
+        return Condition(self.hidden[rows], None if self.pooled is None else self.pooled[rows])
+
+    def to(self, device: "torch.device | str | None" = None, dtype: torch.dtype | None = None) -> "Condition":
+        """Return a copy on another device or of another dtype."""
+        pooled = None if self.pooled is None else self.pooled.to(device=device, dtype=dtype)
+        return Condition(self.hidden.to(device=device, dtype=dtype), pooled)
+
+    @staticmethod
+    def cat(conditions: "Sequence[Condition]") -> "Condition":
+        """Join along the batch; all must have the same length in tokens."""
+        pooled = [c.pooled for c in conditions if c.pooled is not None]
+        return Condition(torch.cat([c.hidden for c in conditions]), torch.cat(pooled) if pooled else None)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The VAE's answer for pictures: mean and standard deviation (B, C, H, W), already in the denoiser's units."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Return latents for standard normal `noise` of the same shape."""
+        return self.mean + self.std * noise
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question to a denoiser: noisy latents (B, C, H, W), timesteps (B,), condition (B rows), and what families like
+    SDXL are told of sizes: `sizes` (B, 6) int, original height and width, crop top and left, target height and width, pixels.
+    """
+
+    noisy: Tensor
+    t: Tensor
+    condition: Condition
+    sizes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What a side network adds to a U-Net: one tensor per skip connection, and one at the middle."""
+
+    down: tuple[Tensor, ...]
+    mid: Tensor
+
+    def __add__(self, other: "Residuals") -> "Residuals":
+        return Residuals(tuple(a + b for a, b in zip(self.down, other.down, strict=True)), self.mid + other.mid)
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """How other tools spell this family's modules.
+
+    `kohya` maps `(part, module)` to the full prefix written before `.lora_down.weight` and its like; `aliases` maps every
+    further spelling that may be read to the same pair.
+    """
+
+    kohya: Mapping[tuple[str, str], str]
+    aliases: Mapping[str, tuple[str, str]]
+
+
+class Family(ABC):
+    """A kind of base model. Stateless: everything loaded lives in a `Base`."""
+
+    name: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
+    """Parts that hold sites, the denoiser first, text encoders in prompt order."""
+    presets: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Names for choices of sites -> glob patterns; must hold `attention`, `attention+mlp`, `conv`, `all`, `text`."""
+
+    @property
+    def denoiser(self) -> str:
+        """Name of the part that predicts."""
+        return self.parts[0]
+
+    @abstractmethod
+    def recognises(self, pipe: "DiffusionPipeline") -> bool:
+        """Say whether a diffusers pipeline (of any task) is of this family."""
+
+    @abstractmethod
+    def tiny(self, seed: int = 0) -> "DiffusionPipeline":
+        """Build a text-to-image pipeline of the real classes at toy size with seeded random weights (under 1M values)."""
+
+    @abstractmethod
+    def published(self) -> Mapping[str, nn.Module]:
+        """Build the parts at their published full size on the meta device (no memory), for counting and naming."""
+
+    @abstractmethod
+    def key_table(self, sites: Sequence[Site]) -> KeyTable:
+        """Return the spellings of the modules in `sites` (all sites of one base)."""
+
+    @abstractmethod
+    def encode_prompt(self, base: "Base", prompts: Sequence[str]) -> Condition:
+        """Encode prompts, one row each, all padded to the same number of tokens. Gradients flow where parameters ask."""
+
+    @abstractmethod
+    def encode_image(self, base: "Base", pixels: Tensor) -> Posterior:
+        """Encode pictures (B, 3, P, Q) in -1 .. 1 to the VAE's posterior, scaled and shifted to the denoiser's units."""
+
+    @abstractmethod
+    def decode(self, base: "Base", latents: Tensor) -> Tensor:
+        """Decode latents (B, C, H, W) to pictures (B, 3, P, Q) in -1 .. 1."""
+
+    @abstractmethod
+    def predict(self, base: "Base", query: Query, side: Residuals | None = None) -> Tensor:
+        """Call the denoiser and return its raw prediction (B, C, H, W); `side` is added where side networks add."""
+
+
+@dataclass
+class Base:
+    """One loaded base model: a stock diffusers pipeline and what we know of it."""
+
+    pipe: "DiffusionPipeline"
+    family: Family
+    source: str
+    """What the user called it: `toybox`, a folder, a file, a hub id."""
+    digest: str = ""
+    """SHA-256 over the weights, naming exactly these values in manifests and caches; empty when not asked for."""
+    process: Process = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.process = Process.of(self.pipe.scheduler.config)
+
+    @cached_property
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules that hold sites, by part name."""
+        return {name: getattr(self.pipe, name) for name in self.family.parts if getattr(self.pipe, name, None) is not None}
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Every site, denoiser first."""
+        return tuple(site for name, root in self.parts.items() for site in find_sites(name, root))
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that predicts."""
+        return self.parts[self.family.denoiser]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent, along one side."""
+        return int(getattr(self.pipe, "vae_scale_factor", 8))
+
+    @property
+    def resolution(self) -> int:
+        """The side of the square, in pixels, that the base was made for."""
+        config: Any = self.denoiser.config
+        size = config.sample_size
+        return int(size if isinstance(size, int) else max(size)) * self.latent_factor
+
+    def freeze(self) -> "Base":
+        """Switch every part to evaluation mode without gradients, and return self."""
+        for component in self.pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        return self
