@@ -26,25 +26,25 @@ class Patch(nn.Module, ABC):
 
     A subclass sets `kind` (its name in files and recipes), `Options` (a frozen dataclass with defaults from the
     literature), `ops` (what it can change), and writes `__init__` (parameters for a site and options, at their initial
-    values drawn from `generator`), `change`, and `contribution` when there is a way cheaper than the dense one.
-    Parameters are float32 unless moved; their names are the names in the file.
+    values drawn from `generator`) and `change`; `contribution` or `add_to` when there is a way cheaper than the dense
+    one; `pack` and `unpack` when other tools have a name for it. Site, options and parameters together say everything,
+    so a file that holds the three restores the patch exactly. Parameters are float32 unless moved; their names are the
+    names in the file. A patch is born in evaluation mode (no dropout); `Delta.train` switches it.
     """
 
     kind: ClassVar[str]
     Options: ClassVar[type]
     ops: ClassVar[frozenset[Op]]
+    examples: ClassVar[tuple[Any, ...]]
+    """Options that fit every layer of the tiny bases (sides of 4 and more): what the contract battery tries."""
     base_free: ClassVar[bool] = True
     """dW does not depend on W (LoRA: yes; DoRA: no)."""
 
     def __init__(self, site: Site, options: Any, generator: torch.Generator | None = None) -> None:
-        """Make the patch at its initial values; `generator` (CPU) makes them reproducible. Raises `DeltaError` on a misfit."""
+        """Make the patch at its initial values, drawn from `generator` (CPU) or seed 0. Raises `DeltaError` on a misfit."""
         super().__init__()
         self.site, self.options = site, options
-
-    @classmethod
-    @abstractmethod
-    def infer(cls, site: Site, tensors: Mapping[str, Tensor]) -> Any:
-        """Derive the `Options` under which `tensors` (this kind's parameter names) fit `site`, or raise `DeltaError`."""
+        self.eval()
 
     @abstractmethod
     def change(self, base: Tensor) -> Tensor:
@@ -54,21 +54,42 @@ class Patch(nn.Module, ABC):
         Differentiable in the patch's parameters.
         """
 
-    def contribution(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """Return what the patch adds to the layer's output at strength 1, given the layer's input `x`.
+    def contribution(self, x: Tensor, layer: nn.Module, base: Tensor) -> Tensor:
+        """Return what the patch adds to the layer's output at strength 1, given the layer's input `x`, in `x`'s dtype.
 
-        The default multiplies by the dense dW; subclasses do better. Must equal the default up to rounding.
+        `base` as for `change` (`layer`'s own tensor may have other deltas fused into it). The default multiplies by the
+        dense dW; subclasses do better. Must equal the default up to rounding.
         """
-        base = cast(Tensor, getattr(layer, self.site.tensor))
         return apply_dense(self.change(base).to(x.dtype), x, layer, self.site)
 
-    def add_to(self, output: Tensor, x: Tensor, layer: nn.Module, strength: float) -> Tensor:
-        """Return `output + strength * contribution(x)`; a subclass may fuse the addition into its last product."""
-        return output + strength * self.contribution(x, layer)
+    def add_to(self, output: Tensor, x: Tensor, layer: nn.Module, base: Tensor, strength: float) -> Tensor:
+        """Return `output + strength * contribution(x)`, a new tensor; a subclass may fuse the sum into its last product."""
+        return torch.add(output, self.contribution(x, layer, base).to(output.dtype), alpha=strength)
+
+    def pack(self, base: Tensor) -> dict[str, Tensor]:
+        """Return tensors under the suffixes that other tools read (LyCORIS' vocabulary), meaning exactly this dW.
+
+        Suffixes are written after the module's name and a dot: `lora_down.weight`, `lora_up.weight`, `lokr_w1`, `diff`,
+        `alpha` ... `base` as for `change`. The default is the dense `diff`; a method with a compact spelling gives that.
+        """
+        return {"diff" if self.site.tensor == "weight" else "diff_b": self.change(base).detach()}
+
+    @classmethod
+    def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> "Self | None":
+        """Make the patch that `tensors` (one module's, by suffix as in `pack`) spell; None when they are not this kind's.
+
+        All tensors must be understood, none left over. Raises `DeltaError` when they are this kind's but do not fit `site`.
+        """
+        return None
 
     def extra_groups(self) -> Mapping[str, float]:
         """Learning-rate factors by parameter-name suffix, where the method asks for them (LoRA+); empty for most."""
         return {}
+
+
+def seeded(generator: torch.Generator | None) -> torch.Generator:
+    """Return the generator, or one of seed 0: making a patch never draws from torch's global generator."""
+    return torch.Generator().manual_seed(0) if generator is None else generator
 
 
 def apply_dense(change: Tensor, x: Tensor, layer: nn.Module, site: Site) -> Tensor:
@@ -143,7 +164,7 @@ class Delta:
                     f"{site}: {method.kind} cannot change it",
                     expected="a site that is " + " or ".join(sorted(method.ops)),
                 )
-        return cls(family, {site.name: method(site, settings, generator) for site in sites})
+        return cls(family, {site.name: method(site, settings, generator) for site in sites}).train()
 
     def __iter__(self) -> Iterator[Patch]:
         return iter(self.patches.values())
@@ -168,6 +189,15 @@ class Delta:
         """Number of trained values, words included."""
         rows = sum(t.numel() for w in self.words.values() for t in w.rows.values())
         return rows + sum(p.numel() for _, p in self.parameters())
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch dropout on (a fresh delta from `fit` has it on) or off (one read from a file has it off), and return self.
+
+        Dropout draws from torch's global generator, as activation checkpointing needs: seed that per step to repeat a run.
+        """
+        for patch in self:
+            patch.train(mode)
+        return self
 
     def to(self, device: "torch.device | str | None" = None, dtype: torch.dtype | None = None) -> Self:
         """Move all patches in place and return self."""

@@ -80,6 +80,9 @@ class Residuals:
     down: tuple[Tensor, ...]
     mid: Tensor
 
+    def __mul__(self, strength: float) -> "Residuals":
+        return Residuals(tuple(a * strength for a in self.down), self.mid * strength)
+
     def __add__(self, other: "Residuals") -> "Residuals":
         return Residuals(tuple(a + b for a, b in zip(self.down, other.down, strict=True)), self.mid + other.mid)
 
@@ -104,6 +107,10 @@ class Family(ABC):
     """Parts that hold sites, the denoiser first, text encoders in prompt order."""
     presets: ClassVar[Mapping[str, tuple[str, ...]]]
     """Names for choices of sites -> glob patterns; must hold `attention`, `attention+mlp`, `conv`, `all`, `text`."""
+    pipelines: ClassVar[tuple[str, ...]]
+    """Names of the diffusers pipeline classes whose folders hold such a base, the text-to-image class first."""
+    loading: ClassVar[Mapping[str, object]] = {}
+    """What the text-to-image class is told when it loads: the components that a base does without, set to None."""
 
     @property
     def denoiser(self) -> str:
@@ -126,6 +133,13 @@ class Family(ABC):
     def key_table(self, sites: Sequence[Site]) -> KeyTable:
         """Return the spellings of the modules in `sites` (all sites of one base)."""
 
+    def stamps(self, sites: Sequence[Site], prediction: str | None = None) -> Mapping[str, str]:
+        """What other tools expect a file to say of its base, read from the shapes of the delta's `sites` and, where known, the
+        base's prediction: `ss_base_model_version`, `ss_v2`, `modelspec.architecture` (without the `/lora` at its end),
+        `modelspec.prediction_type`.
+        """
+        return {}
+
     @abstractmethod
     def encode_prompt(self, base: "Base", prompts: Sequence[str]) -> Condition:
         """Encode prompts, one row each, all padded to the same number of tokens. Gradients flow where parameters ask."""
@@ -137,6 +151,10 @@ class Family(ABC):
     @abstractmethod
     def decode(self, base: "Base", latents: Tensor) -> Tensor:
         """Decode latents (B, C, H, W) to pictures (B, 3, P, Q) in -1 .. 1."""
+
+    def extra(self, base: "Base", query: Query) -> dict[str, Tensor] | None:
+        """Return what the denoiser, and any side network, is told besides time and tokens (`added_cond_kwargs`), or None."""
+        return None
 
     @abstractmethod
     def predict(self, base: "Base", query: Query, side: Residuals | None = None) -> Tensor:

@@ -86,6 +86,8 @@ def locate(parts: "Mapping[str, nn.Module]", site: Site) -> "nn.Module":
     module = _submodule(root, site.module) or _submodule(root, WRAPPER + site.module)
     if module is None:
         raise DeltaError(f"{site}: the base has no such module", fix="the delta belongs to another family of base models")
+    # Where diffusers has put a LoRA of its own, peft's wrapper stands in the layer's place.
+    module = cast("nn.Module", getattr(module, "base_layer", module))
     tensor = getattr(module, site.tensor, None)
     if tensor is None or tuple(tensor.shape) != site.shape:
         found = "nothing" if tensor is None else "x".join(map(str, tensor.shape))

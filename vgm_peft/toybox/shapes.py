@@ -62,16 +62,21 @@ def _length(*parts: Tensor) -> Tensor:
     return total.sqrt_()
 
 
+def _from(v: Tensor, c: float) -> Tensor:
+    """v - c; small tensors are all overhead, so nothing is subtracted for 0."""
+    return v - c if c else v
+
+
 def sphere(c: Vec, r: float) -> Sdf:
     """A ball."""
-    return lambda x, y, z: _length(x - c[0], y - c[1], z - c[2]).sub_(r)
+    return lambda x, y, z: _length(_from(x, c[0]), _from(y, c[1]), _from(z, c[2])).sub_(r)
 
 
 def ellipsoid(c: Vec, r: Vec) -> Sdf:
     """A stretched ball (Quilez's estimate, kept a little short)."""
 
     def sdf(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        x, y, z = (x - c[0]) * (1 / r[0]), (y - c[1]) * (1 / r[1]), (z - c[2]) * (1 / r[2])
+        x, y, z = (_from(x, c[0])) * (1 / r[0]), (_from(y, c[1])) * (1 / r[1]), (_from(z, c[2])) * (1 / r[2])
         k0 = _length(x, y, z)
         k1 = _length(x * (1 / r[0]), y * (1 / r[1]), z * (1 / r[2])).clamp_min_(1e-6)
         return (k0 - 1).mul_(k0).div_(k1).mul_(0.95)
@@ -84,9 +89,9 @@ def box(c: Vec, half: Vec, r: float = 0.03) -> Sdf:
     a, b, d = (h - r for h in half)
 
     def sdf(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        qx = (x - c[0]).abs_().sub_(a).clamp_min_(0)
-        qy = (y - c[1]).abs_().sub_(b).clamp_min_(0)
-        qz = (z - c[2]).abs_().sub_(d).clamp_min_(0)
+        qx = (_from(x, c[0])).abs().sub_(a).clamp_min_(0)
+        qy = (_from(y, c[1])).abs().sub_(b).clamp_min_(0)
+        qz = (_from(z, c[2])).abs().sub_(d).clamp_min_(0)
         return _length(qx, qy, qz).sub_(r)
 
     return sdf
@@ -96,7 +101,7 @@ def cylinder(c: Vec, radius: float, half: float, r: float = 0.02, axis: str = "y
     """A rounded cylinder along an axis."""
 
     def sdf(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        x, y, z = x - c[0], y - c[1], z - c[2]
+        x, y, z = _from(x, c[0]), _from(y, c[1]), _from(z, c[2])
         along, u, v = {"x": (x, y, z), "y": (y, x, z), "z": (z, x, y)}[axis]
         across = _length(u, v).sub_(radius - r).clamp_min_(0)
         return _length(across, along.abs().sub_(half - r).clamp_min_(0)).sub_(r)
@@ -134,7 +139,7 @@ def torus(c: Vec, ring: float, r: float) -> Sdf:
     """A ring in the x-y plane."""
 
     def sdf(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        return _length(_length(x - c[0], y - c[1]).sub_(ring), z - c[2]).sub_(r)
+        return _length(_length(_from(x, c[0]), _from(y, c[1])).sub_(ring), _from(z, c[2])).sub_(r)
 
     return sdf
 
@@ -164,9 +169,9 @@ def gable(c: Vec, half: Vec) -> Sdf:
     norm = (half[1] ** 2 + half[2] ** 2) ** -0.5
 
     def sdf(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        y = y - c[1]
-        slant = ((z - c[2]).abs_().sub_(half[2]).mul_(half[1]).add_(y, alpha=half[2])).mul_(norm)
-        ends = (x - c[0]).abs_().sub_(half[0])
+        y = _from(y, c[1])
+        slant = ((_from(z, c[2])).abs().sub_(half[2]).mul_(half[1]).add_(y, alpha=half[2])).mul_(norm)
+        ends = (_from(x, c[0])).abs().sub_(half[0])
         return torch.maximum(torch.maximum(slant, ends), -0.04 - y)
 
     return sdf

@@ -1,232 +1,137 @@
-"""What there is in the Toybox world and how it is said: toys, scenes, captions and labels, without a pixel in sight.
+"""What there is in the Toybox world and how it is said, without a pixel in sight (nor torch, nor numpy).
 
 A `Scene` holds everything a picture depends on (also the jitter of light and camera), so that scene -> pixels is a pure
-function. The only source of chance is `random.Random`: the same seed gives the same scenes on every machine.
+function. `nouns` has the tables and records, `drawing` draws random ones, `cast` holds what the base never sees; here
+is how scenes are said, and all of it under one name.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
-RGB = tuple[int, int, int]
-
-CLASSES = ("robot", "duck", "car", "house", "mushroom", "rocket", "mug", "tree", "snowman", "fish")
-COLOURS: Mapping[str, RGB] = MappingProxyType(
-    {
-        "red": (212, 30, 36),
-        "orange": (246, 132, 16),
-        "yellow": (250, 218, 44),
-        "green": (36, 156, 62),
-        "blue": (28, 84, 214),
-        "purple": (124, 48, 172),
-        "pink": (248, 132, 184),
-        "white": (246, 246, 244),
-    }
+from vgm_peft.toybox.cast import SUBJECTS, Subject, style_scenes, subject_named, subject_scenes
+from vgm_peft.toybox.drawing import draw_camera, draw_light, draw_scene, draw_toy, random_pattern, random_rgb
+from vgm_peft.toybox.nouns import (
+    BACKGROUND_PHRASES,
+    BACKGROUNDS,
+    CLASSES,
+    COLOURS,
+    MATERIALS,
+    PATTERNS,
+    POSITION_PHRASES,
+    POSITIONS,
+    RGB,
+    SIZES,
+    STYLES,
+    TRAINING_PATTERNS,
+    Attributes,
+    Camera,
+    Light,
+    Pattern,
+    Scene,
+    Toy,
+    attributes,
 )
-MATERIALS = ("matte", "glossy", "striped", "checkered")
-BACKGROUND_PHRASES: Mapping[str, str] = MappingProxyType(
-    {
-        "studio": "in a studio",
-        "grass": "on grass",
-        "sand": "on sand",
-        "night": "at night",
-        "sky": "in the sky",
-        "wood": "on a wooden floor",
-    }
-)
-BACKGROUNDS = tuple(BACKGROUND_PHRASES)
-POSITION_PHRASES: Mapping[str, str] = MappingProxyType(
-    {"left": "on the left", "centre": "in the centre", "right": "on the right"}
-)
-POSITIONS = tuple(POSITION_PHRASES)
-SIZES = ("small", "large")
-PATTERNS = ("dots", "rings", "patches", "halves", "zigzag", "spiral")
-TRAINING_PATTERNS = PATTERNS[:4]  # the other two are kept for what users "bring"
-STYLES = ("toon", "sketch", "blueprint", "pixel")
 
-TURN = 0.9  # radians either way: further round, a robot has no face and a house no door
+__all__ = [
+    "Attributes",
+    "BACKGROUNDS",
+    "BACKGROUND_PHRASES",
+    "CLASSES",
+    "COLOURS",
+    "Camera",
+    "Light",
+    "MATERIALS",
+    "PATTERNS",
+    "POSITIONS",
+    "POSITION_PHRASES",
+    "Pattern",
+    "Prompt",
+    "RGB",
+    "SIZES",
+    "STYLES",
+    "SUBJECTS",
+    "Scene",
+    "Subject",
+    "TRAINING_PATTERNS",
+    "Toy",
+    "attributes",
+    "caption",
+    "describe",
+    "draw_camera",
+    "draw_light",
+    "draw_scene",
+    "draw_toy",
+    "heldout_prompts",
+    "random_pattern",
+    "random_rgb",
+    "style_scenes",
+    "subject_named",
+    "subject_scenes",
+]
 
-
-@dataclass(frozen=True)
-class Pattern:
-    """A coloured pattern over a toy's own colour: `scale` is repeats per toy height, `phase` in turns of the pattern."""
-
-    kind: str
-    second: RGB
-    third: RGB
-    scale: float = 4.0
-    phase: float = 0.0
-
-
-@dataclass(frozen=True)
-class Toy:
-    """One toy: `turn` in radians about the vertical, `shift` moves it on the ground from its named position."""
-
-    kind: str
-    colour: str | RGB
-    material: str
-    position: str
-    size: str
-    turn: float
-    pattern: Pattern | None = None
-    shift: tuple[float, float] = (0.0, 0.0)
-
-    @property
-    def rgb(self) -> RGB:
-        """The toy's own colour as sRGB bytes."""
-        return COLOURS[self.colour] if isinstance(self.colour, str) else self.colour
-
-    @property
-    def colour_word(self) -> str | None:
-        """The colour a caption may name; None for unnamed hues and for patterned toys."""
-        return self.colour if isinstance(self.colour, str) and self.pattern is None else None
+_ARTICLED = {"orange": "an"}
+_OPENINGS = ("", "a photo of ", "a picture of ")
 
 
-@dataclass(frozen=True)
-class Light:
-    """A distant key light: angles in radians (azimuth 0 comes from behind the camera), strength around 1."""
-
-    azimuth: float
-    elevation: float
-    strength: float = 1.0
-    warmth: float = 0.0
-
-
-@dataclass(frozen=True)
-class Camera:
-    """Orbits the middle of the scene; `ground` says where in the endless background the scene stands."""
-
-    yaw: float = 0.0
-    pitch: float = 0.14
-    distance: float = 3.1
-    ground: tuple[float, float] = (0.0, 0.0)
+def describe(toy: Toy, *, size: bool = True, material: bool = True, colour: bool = True) -> str:
+    """A toy as a noun phrase with its article: "a small striped red robot"."""
+    words: list[str] = []
+    if size:
+        words.append(toy.size)
+    if toy.pattern is not None:
+        words.append("patterned")
+    elif material:
+        words.append(toy.material)
+    if colour and toy.colour_word:
+        words.append(toy.colour_word)
+    words.append(toy.kind)
+    return f"{_ARTICLED.get(words[0], 'a')} {' '.join(words)}"
 
 
-@dataclass(frozen=True)
-class Scene:
-    """All that a picture depends on; `style` names a post-process of the render."""
+def caption(scene: Scene, rng: random.Random | None = None) -> str:
+    """What the picture shows; with `rng` in one of several ways of saying it and with some attributes left out.
 
-    toys: tuple[Toy, ...]
-    background: str
-    light: Light
-    camera: Camera
-    style: str | None = None
-
-
-@dataclass(frozen=True)
-class Attributes:
-    """Integer labels of a scene's first toy, indices into the tables above; colour -1: unnamed or patterned."""
-
-    kind: int
-    colour: int
-    material: int
-    background: int
-    position: int
-    size: int
-
-
-def attributes(scene: Scene) -> Attributes:
-    """The labels an attribute reader should read from the picture of `scene`."""
-    toy = scene.toys[0]
-    return Attributes(
-        kind=CLASSES.index(toy.kind),
-        colour=-1 if toy.colour_word is None else tuple(COLOURS).index(toy.colour_word),
-        material=MATERIALS.index(toy.material),
-        background=BACKGROUNDS.index(scene.background),
-        position=POSITIONS.index(toy.position),
-        size=SIZES.index(toy.size),
-    )
-
-
-def random_rgb(rng: random.Random) -> RGB:
-    """Any colour at all, a little more often a vivid one."""
-    r, g, b = (rng.uniform(0.05, 1.0) for _ in range(3))
-    low, high = min(r, g, b), max(r, g, b)
-    push = rng.random() * 0.8  # stretch the channels apart: uniform RGB is mostly mud
-    vivid = [v + push * ((v - low) / (high - low + 1e-6) * high - v) for v in (r, g, b)]
-    return (round(255 * vivid[0]), round(255 * vivid[1]), round(255 * vivid[2]))
-
-
-def random_pattern(rng: random.Random, kinds: tuple[str, ...] = TRAINING_PATTERNS) -> Pattern:
-    """A pattern of two more colours."""
-    return Pattern(rng.choice(kinds), random_rgb(rng), random_rgb(rng), rng.uniform(2.6, 4.4), rng.random())
-
-
-def draw_toy(
-    rng: random.Random,
-    *,
-    kind: str | None = None,
-    colour: str | RGB | None = None,
-    material: str | None = None,
-    position: str | None = None,
-    size: str | None = None,
-) -> Toy:
-    """A random palette-coloured toy; what is given is kept."""
-    toy = Toy(
-        kind=rng.choice(CLASSES),
-        colour=rng.choice(tuple(COLOURS)),
-        material=rng.choice(MATERIALS),
-        position=rng.choice(POSITIONS),
-        size=rng.choice(SIZES),
-        turn=rng.uniform(-TURN, TURN),
-        shift=(rng.uniform(-0.05, 0.05), rng.uniform(-0.1, 0.1)),
-    )
-    return Toy(
-        kind=kind or toy.kind,
-        colour=colour or toy.colour,
-        material=material or toy.material,
-        position=position or toy.position,
-        size=size or toy.size,
-        turn=toy.turn,
-        shift=toy.shift,
-    )
-
-
-def draw_light(rng: random.Random) -> Light:
-    """A key light from the upper left or right front."""
-    side = rng.choice((-1.0, 1.0))
-    return Light(side * rng.uniform(0.3, 1.0), rng.uniform(0.75, 1.05), rng.uniform(0.92, 1.06), rng.uniform(-1.0, 1.0))
-
-
-def draw_camera(rng: random.Random) -> Camera:
-    """A camera a little above the toys, looking slightly down."""
-    ground = (rng.uniform(-20.0, 20.0), rng.uniform(-20.0, 20.0))
-    return Camera(rng.uniform(-0.2, 0.2), rng.uniform(0.09, 0.19), rng.uniform(3.0, 3.2), ground)
-
-
-def draw_scene(
-    rng: random.Random,
-    *,
-    kind: str | None = None,
-    colour: str | RGB | None = None,
-    material: str | None = None,
-    background: str | None = None,
-    position: str | None = None,
-    size: str | None = None,
-    toys: int | None = None,
-    plain: bool = False,
-) -> Scene:
-    """A random scene of the base's training world; what is given is kept.
-
-    About 15 % hold two toys (left and right). Of the single toys a third have an unnamed hue, some 10 % a random
-    pattern, unless a colour is given or `plain` asks for palette colours only.
+    Without `rng` everything is said: "a small striped red robot on grass, on the left". Unnamed hues are never named.
     """
-    count = toys or (2 if rng.random() < 0.15 and position is None else 1)
-    drawn = draw_toy(rng, kind=kind, colour=colour, material=material, position=position, size=size)
-    chance = rng.random()
-    place = (background or rng.choice(BACKGROUNDS), draw_light(rng), draw_camera(rng))
-    if count == 2:
-        pair = [drawn, draw_toy(rng)]
-        cast = tuple(
-            Toy(t.kind, t.colour, t.material, side, "large", t.turn, None, t.shift)
-            for t, side in zip(pair, ("left", "right"), strict=True)
-        )
-        return Scene(cast, *place)
-    if colour is None and not plain and chance < 0.43:
-        pattern = random_pattern(rng) if chance > 0.33 else None
-        hue = random_rgb(rng)
-        drawn = Toy(drawn.kind, hue, drawn.material, drawn.position, drawn.size, drawn.turn, pattern, drawn.shift)
-    return Scene((drawn,), *place)
+    place = BACKGROUND_PHRASES[scene.background]
+    opening = "" if rng is None else rng.choice(_OPENINGS)
+
+    def said(chance: float) -> bool:
+        return rng is None or rng.random() < chance
+
+    if len(scene.toys) == 2:
+        texts = [describe(t, size=False, material=said(0.6), colour=said(0.95)) for t in scene.toys]
+        pair = f"{texts[0]} on the left and {texts[1]} on the right"
+        return f"{opening}{pair}, {place}" if said(0.9) else f"{opening}{pair}"
+    toy = scene.toys[0]
+    text = describe(toy, size=said(0.5), material=said(0.6), colour=said(0.92))
+    background, position = said(0.9), said(0.7)
+    where = POSITION_PHRASES[toy.position]
+    if background and position:
+        order = (f"{place}, {where}",) if rng is None else (f"{place}, {where}", f"{where}, {place}")
+        tail = order[0] if rng is None else rng.choice(order)
+    else:
+        tail = place if background else where if position else ""
+    return f"{opening}{text} {tail}".rstrip()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with the labels its picture should show."""
+
+    text: str
+    scene: Scene
+
+
+def heldout_prompts(count: int, seed: int = 0) -> tuple[Prompt, ...]:
+    """Prompts over all attributes, classes and colours in turn; none of the training draws was made to match them."""
+    rng = random.Random(f"heldout prompts {seed}")
+    prompts: list[Prompt] = []
+    for i in range(count):
+        kind, colour = CLASSES[i % len(CLASSES)], tuple(COLOURS)[(i // len(CLASSES) + i) % len(COLOURS)]
+        background, position = BACKGROUNDS[(i + i // 30) % len(BACKGROUNDS)], POSITIONS[rng.randrange(3)]
+        scene = draw_scene(rng, kind=kind, colour=colour, background=background, position=position, toys=1)
+        prompts.append(Prompt(caption(scene), scene))
+    return tuple(prompts)

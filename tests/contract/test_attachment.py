@@ -1,0 +1,290 @@
+"""The attachment engine: whatever is put on, in whatever order and however it ends, the base comes back untouched."""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.contract.ground import State, assert_close, draw, predict
+from vgm_peft.attachment import Attachment, Fusion, attached, attachments
+from vgm_peft.delta import Delta, Patch, apply_dense
+from vgm_peft.deltas import TABLE
+from vgm_peft.errors import DeltaError
+from vgm_peft.family import Base
+from vgm_peft.site import Op, Site, find_sites
+
+KINDS = list(TABLE)
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A toy has none."""
+
+
+class Gain(Patch):
+    """A change that depends on the base: dW = g * W, on anything."""
+
+    kind: ClassVar[str] = "gain"
+    Options: ClassVar[type] = NoOptions
+    ops: ClassVar[frozenset[Op]] = frozenset({"linear", "conv", "norm", "embedding", "bias"})
+    base_free: ClassVar[bool] = False
+
+    def __init__(self, site: Site, options: NoOptions, generator: torch.Generator | None = None) -> None:
+        super().__init__(site, options, generator)
+        self.g = nn.Parameter(torch.full((), 0.5))
+
+    def change(self, base: Tensor) -> Tensor:
+        return self.g * base.to(self.g.dtype)
+
+
+def tiny_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8)).double().requires_grad_(False)
+
+
+def delta_of(net: nn.Module, method: type[Patch], seed: int = 1) -> Delta:
+    sites = [s for s in find_sites("net", net) if s.op == "linear"]
+    options = method.examples[0] if method is not Gain else NoOptions()
+    delta = Delta.fit("any", method, sites, options).to(dtype=torch.float64).train(False)
+    if method is not Gain:
+        draw(delta, seed)
+    return delta
+
+
+def weight_sites(base: Base, part: str) -> list[Site]:
+    return [s for s in base.sites if s.part == part and s.op == "linear"]
+
+
+# --- nothing is left behind ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exception_inside_forward(base: Base, kind: str) -> None:
+    """The base is usable and removable in the middle of what went wrong (the fixture checks that it is as before)."""
+    method = TABLE[kind]
+    delta = Delta.fit(base.family.name, method, weight_sites(base, base.family.denoiser), method.examples[0]).train(False)
+    draw(delta, size=0.05)
+    last = list(delta)[-1]
+    with torch.no_grad():
+        expected = predict(base)
+        with pytest.raises(RuntimeError, match="in the middle"), Attachment(base.parts, delta):
+            last.register_parameter(next(n for n, _ in last.named_parameters()), None)
+            last.add_to = raising  # pyright: ignore[reportAttributeAccessIssue]
+            predict(base)
+        assert torch.equal(predict(base), expected)
+
+
+def raising(*_: object) -> Tensor:
+    raise RuntimeError("in the middle")
+
+
+class Reluctant(nn.Linear):
+    """A layer that takes no hooks."""
+
+    def register_forward_hook(self, *_: object, **__: object) -> torch.utils.hooks.RemovableHandle:
+        raise RuntimeError("no hooks here")
+
+
+def test_attaching_that_fails_half_way_leaves_nothing() -> None:
+    net = tiny_net()
+    net.append(Reluctant(8, 8).double())
+    state = State.of({"net": net})
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        Attachment({"net": net}, delta_of(net, TABLE[KINDS[0]]))
+    state.check({"net": net})
+    stranger = delta_of(nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 4)), TABLE[KINDS[0]])
+    for put_on in (lambda: Attachment({"net": net}, stranger), lambda: Fusion({"net": net}, [(stranger, 1.0)])):
+        with pytest.raises(DeltaError, match="net.2 linear 4x16: the base has 8x16 there"):
+            put_on()
+        state.check({"net": net})
+
+
+def test_fusing_that_fails_half_way_leaves_nothing() -> None:
+    net = tiny_net()
+    state = State.of({"net": net})
+    delta = delta_of(net, TABLE[KINDS[0]])
+    list(delta)[-1].change = raising  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(RuntimeError, match="in the middle"):
+        Fusion({"net": net}, [(delta, 1.0)])
+    state.check({"net": net})
+
+
+def test_weights_that_cannot_be_fused_are_named() -> None:
+    net = tiny_net()
+    net[0].weight = net.append(nn.Linear(8, 16)).double()[3].weight
+    delta = delta_of(tiny_net(), TABLE[KINDS[0]])
+    with pytest.raises(DeltaError, match=r"net\.0 linear 16x8: this tensor is shared"):
+        Fusion({"net": net}, [(delta, 1.0)])
+    with pytest.raises(DeltaError, match="not in memory"):
+        Fusion({"net": tiny_net().to("meta")}, [(delta, 1.0)])
+    net = tiny_net()
+    net[2].weight = nn.Parameter(torch.zeros(8, 16, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(DeltaError, match=r"net\.2 linear 8x16: its values are quantised"):
+        Fusion({"net": net}, [(delta, 1.0)])
+
+
+def test_a_shared_layer_is_changed_alone_when_live() -> None:
+    net = tiny_net()
+    net.append(nn.Linear(8, 16)).double()
+    net[3].weight = net[0].weight
+    x = torch.ones(1, 8, dtype=torch.float64)
+    expected = net[3](x)
+    with Attachment({"net": net}, delta_of(tiny_net(), TABLE[KINDS[0]])):
+        assert torch.equal(net[3](x), expected) and not torch.equal(net[0](x), tiny_net()[0](x))
+
+
+# --- live and fused together --------------------------------------------------------------------------------------------
+
+
+def test_a_change_that_depends_on_the_base_sees_the_original() -> None:
+    """Whatever else is fused or live, in any order: 1 (base) + 0.5 * 1 + 0.5 * 2 times W, never a product."""
+    net, x = tiny_net(), torch.randn(3, 8, dtype=torch.float64)
+    expected = nn.functional.linear(x, 2.5 * net[0].weight, net[0].bias)
+    gain = delta_of(net, Gain)
+    parts = {"net": net}
+    with Fusion(parts, [(gain, 1.0)]), Attachment(parts, gain, 2.0):
+        assert_close(net[0](x), expected)
+    with Attachment(parts, gain, 2.0), Fusion(parts, [(gain, 1.0)]):
+        assert_close(net[0](x), expected)
+    with Fusion(parts, [(gain, 1.0)]), Fusion(parts, [(gain, 2.0)]):
+        assert_close(net[0](x), expected)
+    with Attachment(parts, gain, 1.0), Attachment(parts, gain, 2.0):
+        assert_close(net[0](x), expected)
+        assert attached(net[0]) == 2 and len(attachments(parts)) == 2
+    assert attachments(parts) == [] and attached(net[0]) == 0
+
+
+ENTRY = st.tuples(st.sampled_from(KINDS), st.integers(0, 1), st.floats(-2, 2, width=16), st.booleans())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(ENTRY, min_size=1, max_size=5), st.randoms(use_true_random=False), st.sampled_from(["linear", "conv"]))
+def test_any_stack_is_the_dense_sum(entries: list[tuple[str, int, float, bool]], order: object, op: Op) -> None:
+    """Random kinds, strengths, live or fused, taken off in random order: always W plus the sum; in the end W itself."""
+    layer: nn.Module = nn.Linear(8, 16) if op == "linear" else nn.Conv2d(8, 16, 3, stride=2, padding=1)
+    layer = layer.double().requires_grad_(False)
+    x = torch.randn(2, 8, dtype=torch.float64) if op == "linear" else torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    parts = {"part": nn.ModuleDict({"layer": layer})}
+    site = next(s for s in find_sites("part", parts["part"]) if s.tensor == "weight")
+    state, on = State.of(parts), []
+    for number, (kind, example, strength, live) in enumerate(entries):
+        delta = Delta("any", {site.name: TABLE[kind](site, TABLE[kind].examples[example]).double()})
+        draw(delta, seed=number)
+        on.append((Attachment(parts, delta, strength) if live else Fusion(parts, [(delta, strength)]), delta, strength))
+    original = state.values["part.layer.weight"]
+    order.shuffle(on)  # pyright: ignore[reportAttributeAccessIssue]
+    while on:
+        total = sum(strength * delta.patches[site.name].change(original) for _, delta, strength in on)
+        with torch.no_grad():
+            expected = apply_dense(original + total, x, layer, site) + layer.bias.view(-1, *[1] * (x.dim() - 2))
+            assert_close(layer(x), expected, torch.float64)
+        on.pop()[0].remove()
+    state.check(parts)
+
+
+def test_fusing_rounds_once_and_restores_every_bit() -> None:
+    net = tiny_net().to(torch.bfloat16)
+    state, parts = State.of({"net": net}), {"net": net}
+    delta = delta_of(net, TABLE[KINDS[0]]).to(dtype=torch.float32)
+    many = [(delta, 1 / 64)] * 64
+    with Fusion(parts, many), torch.no_grad():
+        for name, patch in delta.patches.items():
+            weight = state.values[name].float()
+            once = (weight + patch.change(weight)).to(torch.bfloat16)
+            assert_close(net.get_submodule(patch.site.module).weight, once, torch.float32)
+    state.check(parts)
+    assert all(p.dtype == torch.float32 for _, p in delta.parameters())
+
+
+# --- wherever torch allows a forward ------------------------------------------------------------------------------------
+
+
+def test_inference_mode_no_grad_and_autocast() -> None:
+    net, x = tiny_net(), torch.randn(3, 8, dtype=torch.float64)
+    delta, parts = delta_of(net, TABLE[KINDS[0]]), {"net": net}
+    with Attachment(parts, delta):
+        expected = net(x).detach()
+        with torch.inference_mode():
+            assert torch.equal(net(x), expected)
+    with torch.inference_mode():
+        fusion = Fusion(parts, [(delta, 1.0)])
+        assert_close(net(x), expected)
+    gain = delta_of(net, Gain)
+    with Attachment(parts, gain):
+        net(x).sum().backward()
+        assert all(p.grad is not None for _, p in gain.parameters())
+    fusion.remove()
+    with torch.autocast("cpu", torch.bfloat16), Fusion(parts, [(delta, 1.0)]), torch.autocast("cpu", enabled=False):
+        assert_close(net(x), expected)
+    assert torch.equal(net(x), tiny_net()(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_gives_the_same_gradients(base: Base, kind: str) -> None:
+    method = TABLE[kind]
+    delta = Delta.fit(base.family.name, method, weight_sites(base, base.family.denoiser), method.examples[0])
+    draw(delta, size=0.05)
+    unet = copy.deepcopy(base.denoiser).train()
+    parts, pipe_unet = {**base.parts, base.family.denoiser: unet}, base.pipe.unet
+    gradients: list[list[Tensor]] = []
+    try:
+        base.pipe.unet = base.parts[base.family.denoiser] = unet
+        for checkpointing in (False, True):
+            unet.enable_gradient_checkpointing() if checkpointing else unet.disable_gradient_checkpointing()
+            with Attachment(parts, delta):
+                predict(base).square().mean().backward()
+            gradients.append([p.grad for _, p in delta.parameters()])
+            for _, parameter in delta.parameters():
+                parameter.grad = None
+    finally:
+        base.pipe.unet = base.parts[base.family.denoiser] = pipe_unet
+    assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
+
+
+def test_keyword_arguments_and_hooks_of_others() -> None:
+    net, x = tiny_net(), torch.randn(3, 8, dtype=torch.float64)
+    seen: list[Tensor] = []
+    handle = net[0].register_forward_hook(lambda _m, _a, output: seen.append(output))
+    with Attachment({"net": net}, delta_of(net, TABLE[KINDS[0]])):
+        expected = net[0](x)
+        assert torch.equal(net[0](input=x), expected)
+    net[0](x)
+    assert len(seen) == 3 and not torch.equal(seen[0], expected), "a hook that was there before sees the base's own output"
+    handle.remove()
+
+
+def test_a_deep_copy_is_independent() -> None:
+    net, x = tiny_net(), torch.randn(3, 8, dtype=torch.float64)
+    delta, other = delta_of(net, TABLE[KINDS[0]]), delta_of(net, TABLE[KINDS[-1]], seed=2)
+    with Attachment({"net": net}, delta), Fusion({"net": net}, [(other, 0.5)]):
+        expected = net(x).detach()
+        twin = copy.deepcopy(net)
+        draw(delta, seed=9)
+        assert not torch.equal(net(x), expected)
+    assert torch.equal(net(x), tiny_net()(x))
+    assert torch.equal(twin(x), expected)
+    on = attachments({"net": twin})
+    assert [type(owner) for owner in on] == [Attachment, Fusion]
+    for owner in on:
+        owner.remove()
+    assert State.of({"net": net}).modules == State.of({"net": twin}).modules
+    assert torch.equal(twin(x), net(x))
+
+
+def test_removing_twice_and_attaching_the_same_delta_twice() -> None:
+    net, x = tiny_net(), torch.randn(3, 8, dtype=torch.float64)
+    delta, parts = delta_of(net, TABLE[KINDS[0]]), {"net": net}
+    with Attachment(parts, delta, 2.0):
+        expected = net(x)
+    first, second = Attachment(parts, delta), Attachment(parts, delta)
+    assert_close(net(x), expected.detach())
+    first.remove()
+    first.remove()
+    assert attached(net[0]) == 1
+    second.remove()
+    assert attached(net[0]) == 0

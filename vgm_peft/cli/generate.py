@@ -1,0 +1,191 @@
+"""Draw pictures with a base model and any number of deltas and side networks.
+
+  vgm-generate --prompt "a red robot on grass" --delta runs/me/delta.safetensors:0.8 --output me.png
+  vgm-generate --stack pipelines/two-subjects.toml --count 4
+  vgm-generate --stack me.png                      draws a picture again from what it carries
+
+A stack file (or a PNG made here) is read first; flags change it, and --delta and --control add to it. Every PNG carries
+what remakes it. Strengths are factors on what was learned: 1 as trained, 0 nothing.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vgm_peft.cli import Parser
+from vgm_peft.config import Table, Value
+from vgm_peft.errors import ConfigError
+from vgm_peft.stack.recipe import SCHEDULERS, Stack
+
+if TYPE_CHECKING:
+    from vgm_peft.family import Base
+    from vgm_peft.picture import Picture
+
+PLAIN = ("base", "prompt", "negative", "steps", "guidance", "seed", "count", "scheduler")
+"""Flags that are keys of the stack as they are."""
+
+
+def add_flags(parser: Parser) -> None:
+    """Declare the flags; those not given leave the stack (or its defaults) as it is."""
+    parser.add_argument("--prompt", metavar="TEXT", help="what the picture shows")
+    parser.add_argument("--negative", metavar="TEXT", help="what it should not show")
+    parser.add_argument(
+        "--base", metavar="B", help="toybox, a diffusers folder, a .safetensors file, or a hub id (default: toybox)"
+    )
+    parser.add_argument("--delta", metavar="FILE[:STRENGTH]", action="append", default=[], help="a trained delta; repeatable")
+    parser.add_argument(
+        "--control",
+        metavar="FOLDER:IMAGE[:STRENGTH]",
+        action="append",
+        default=[],
+        help="a side network and its picture; repeatable",
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: 25)")
+    parser.add_argument("--guidance", type=float, metavar="G", help="how strictly the prompt is followed (default: 5)")
+    parser.add_argument("--seed", type=int, metavar="S", help="the first picture's seed, the next has S+1 (default: 0)")
+    parser.add_argument("--count", type=int, metavar="N", help="number of pictures (default: 1)")
+    parser.add_argument("--size", metavar="WxH", help="pixels, for example 768x512 or 512 (default: the base's own)")
+    parser.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: dpmpp)")
+    parser.add_argument("--stack", type=Path, metavar="FILE", help="a stack (.toml), or a PNG made here, to begin from")
+    parser.add_argument("--output", metavar="F", help="where to write: a .png, a folder, or a name with {seed} or {index}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw, write, and say what was written."""
+    stack = described(args)
+    places = Places(args.output, stack)
+    from vgm_peft.stack.loading import load_base
+    from vgm_peft.stack.runtime import Applied
+    from vgm_peft.stack.sampling import draw
+
+    base = load_base(stack)
+    record = stack.pinned()
+    with Applied(base, stack) as applied, _Bar(stack) as bar:
+        for picture in draw(applied, record, bar.step):
+            bar.say(_written(picture, places.write(picture), base))
+    return 0
+
+
+def described(args: argparse.Namespace) -> Stack:
+    """Sum up the stack file and the flags. Raises `ConfigError` for whatever does not parse."""
+    stack = _begin(args.stack) if args.stack is not None else Stack()
+    table: Table = {key: getattr(args, key) for key in PLAIN if getattr(args, key) is not None}
+    if "base" in table:
+        table["base_digest"] = ""
+    if args.size is not None:
+        table["width"], table["height"] = parse_size(args.size)
+    deltas: list[Value] = [dict(d) for d in _uses(stack, "deltas")]
+    for text in args.delta:
+        file, strength = parse_delta(text)
+        deltas.append({"file": str(Path(file).absolute()) if args.stack else file, "strength": strength})
+    controls: list[Value] = [dict(c) for c in _uses(stack, "controls")]
+    for text in args.control:
+        folder, image, strength = parse_control(text)
+        controls.append({"folder": str(Path(folder).absolute()), "image": str(Path(image).absolute()), "strength": strength})
+    return stack.changed({**table, "deltas": deltas, "controls": controls})
+
+
+def _begin(path: Path) -> Stack:
+    if path.suffix.lower() != ".png":
+        return Stack.read(path)
+    from vgm_peft.picture import read_stack
+    from vgm_peft.stack.library import locate
+
+    return locate(read_stack(path), [path.absolute().parent, Path.cwd()])
+
+
+def _uses(stack: Stack, key: str) -> list[Table]:
+    uses = stack.table().get(key, [])
+    return [use for use in uses if isinstance(use, dict)] if isinstance(uses, list) else []
+
+
+def parse_delta(text: str) -> tuple[str, float]:
+    """Split `FILE[:STRENGTH]`; a drive letter's colon is part of the file. Raises `ConfigError`."""
+    file, colon, number = text.rpartition(":")
+    if colon and len(file) > 1:
+        try:
+            return file, float(number)
+        except ValueError:
+            if Path(file).exists() and not Path(text).exists():
+                raise ConfigError(
+                    f'--delta {text}: the strength "{number}"', expected="a number, as in me.safetensors:0.8"
+                ) from None
+    if not text:
+        raise ConfigError("--delta is empty", expected="FILE or FILE:STRENGTH")
+    return text, 1.0
+
+
+def parse_control(text: str) -> tuple[str, str, float]:
+    """Split `FOLDER:IMAGE[:STRENGTH]`; the colon of a drive letter (`C:\\` or `C:/`) does not split. Raises `ConfigError`."""
+    fields = re.findall(r"(?:[A-Za-z]:(?=[\\/]))?[^:]+", text)
+    try:
+        if len(fields) == 3:
+            return fields[0], fields[1], float(fields[2])
+        if len(fields) == 2:
+            return fields[0], fields[1], 1.0
+    except ValueError:
+        pass
+    raise ConfigError(f'--control "{text}"', expected="FOLDER:IMAGE or FOLDER:IMAGE:STRENGTH")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse `WxH` or one number for a square. Raises `ConfigError`."""
+    match = re.fullmatch(r"(\d{1,5})(?:[xX*](\d{1,5}))?", text.strip())
+    if match is None:
+        raise ConfigError(f'--size "{text}"', expected="WIDTHxHEIGHT in pixels, for example 768x512")
+    return int(match[1]), int(match[2] or match[1])
+
+
+class Places:
+    """Where the pictures of one command go."""
+
+    def __init__(self, output: str | None, stack: Stack) -> None:
+        """Check the pattern. Without one, pictures go to `pictures/` and never over an older one."""
+        slug = re.sub(r"[^a-z0-9]+", "-", stack.prompt.lower()).strip("-")[:40].rstrip("-") or "picture"
+        self._fresh = output is None
+        pattern = output or "pictures/"
+        if pattern.endswith(("/", os.sep)) or Path(pattern).is_dir():
+            pattern = str(Path(pattern) / f"{slug}-{{seed}}.png")
+        elif Path(pattern).suffix.lower() != ".png":
+            raise ConfigError(f'--output "{output}"', expected="a name that ends in .png, or a folder")
+        if stack.count > 1 and "{seed}" not in pattern and "{index}" not in pattern:
+            pattern = f"{pattern[:-4]}-{{index}}.png"
+        self._pattern, self._index = pattern, 0
+
+    def write(self, picture: "Picture") -> Path:
+        """Write the next picture and return its place."""
+        self._index += 1
+        name = self._pattern.replace("{seed}", str(picture.stack.seed)).replace("{index}", str(self._index))
+        path, number = Path(name), 1
+        while self._fresh and path.exists():
+            number += 1
+            path = Path(f"{name[:-4]}-{number}.png")
+        return picture.save(path)
+
+
+def _written(picture: "Picture", path: Path, base: "Base") -> str:
+    return f"wrote {path}  ({picture.image.width}x{picture.image.height}, seed {picture.stack.seed}, base {base.source})"
+
+
+class _Bar:
+    """One progress bar over all steps of all pictures, on the terminal's error stream."""
+
+    def __init__(self, stack: Stack) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=stack.count * stack.steps, unit="step", leave=False, disable=not sys.stderr.isatty())
+
+    def step(self, progress: object) -> None:
+        self._bar.update(1)
+
+    def say(self, line: str) -> None:
+        self._bar.write(line)
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()

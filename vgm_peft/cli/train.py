@@ -1,0 +1,100 @@
+"""Teach a base model something from pictures; the run's folder then holds the delta and all that remakes it.
+
+vgm-train dreambooth --images me --class-prompt "a robot"     a subject, from about five pictures
+vgm-train finetune --images pictures                          captioned pictures (.txt beside them, or metadata.jsonl)
+vgm-train textual-inversion --images me --token "<toy>"       a new word
+vgm-train controlnet --images pairs                           pictures with control pictures (folder control/)
+vgm-train --recipe runs/dreambooth-me-1/run.toml              the same run again
+vgm-train --resume runs/dreambooth-me-1                       an interrupted run, to its end
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from vgm_peft.config import Table, merge, parse_setting
+
+if TYPE_CHECKING:
+    from vgm_peft.cli import Parser
+    from vgm_peft.train import RunConfig, RunResult
+
+
+def add_flags(parser: "Parser") -> None:
+    """Declare what people change between two runs; `--set` reaches everything else."""
+    parser.add_argument("task", nargs="?", metavar="TASK", help="dreambooth, finetune, textual-inversion or controlnet")
+    parser.add_argument("--images", metavar="DIR", help="the folder of pictures")
+    parser.add_argument("--base", help="toybox (the default), a diffusers folder, a .safetensors checkpoint, or a hub id")
+    parser.add_argument("--delta", metavar="NAME", help="what kind of change is trained: lora (the default), krona")
+    parser.add_argument("--class-prompt", metavar="TEXT", help='what kind of thing the subject is: "a robot"')
+    parser.add_argument("--token", metavar="WORD", help="the word that comes to mean it (default: sks)")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
+    parser.add_argument("--seed", type=int, metavar="S", help="everything random comes from it (default: 0)")
+    parser.add_argument("--output", metavar="DIR", help="the run's folder (default: runs/TASK-PICTURES-N)")
+    parser.add_argument("--recipe", metavar="FILE", help="a .toml with any of the settings; those shipped are in training/")
+    parser.add_argument("--export", metavar="FORMAT,..", help="also write it for other tools: kohya, diffusers, embedding")
+    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any other setting; repeatable")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and say where everything is and what to type next."""
+    flags = merge(_table(args), *(parse_setting(text) for text in cast("list[str]", args.set)))
+    resume = Path(cast(str, args.resume)) if args.resume else None
+    recipe = resume / "run.toml" if resume else Path(cast(str, args.recipe)) if args.recipe else None
+
+    from vgm_peft.train.folder import check_run
+    from vgm_peft.train.recipes import resolve
+    from vgm_peft.train.run import train
+
+    if resume:
+        check_run(resume)
+    resolved = resolve(flags, recipe)
+    if resolved.recipe:
+        print(f"recipe: {resolved.recipe}")
+    for notice in resolved.notices:
+        print(f"note: {notice}")
+    result = train(resolved.config, resume=resume, base=resolved.base)
+    if result.main:
+        print(_farewell(resolved.config, result))
+    return 0 if result.finished else 130
+
+
+def _table(args: argparse.Namespace) -> Table:
+    """The flags that were given, as a configuration."""
+    places = {
+        "task": "task.name",
+        "images": "data.images",
+        "base": "base",
+        "delta": "delta.kind",
+        "class_prompt": "task.class_prompt",
+        "token": "task.token",
+        "steps": "steps",
+        "seed": "seed",
+        "output": "output",
+    }
+    out: Table = {}
+    for flag, place in places.items():
+        value = cast("str | int | None", getattr(args, flag))
+        if value is not None:
+            section, _, key = place.rpartition(".")
+            out = merge(out, {section: {key: value}} if section else {key: value})
+    if args.export:
+        out["exports"] = [name.strip() for name in cast(str, args.export).split(",") if name.strip()]
+    return out
+
+
+def _farewell(config: "RunConfig", result: "RunResult") -> str:
+    folder = result.folder
+    if result.delta is None:
+        again = shlex.join(["vgm-train", "--resume", str(folder)])
+        return f"stopped after step {result.steps} of {config.steps}; a checkpoint is saved. Go on with\n  {again}"
+    lines = [f"trained   {result.delta}"]
+    exports = sorted((folder / "exports").glob("*"))
+    lines += [f"exported  {path}" for path in exports]
+    lines += [f"previews  {folder / 'samples'}"] if result.samples else []
+    lines += [f"record    {folder / 'run.toml'}, manifest.json, metrics.jsonl"]
+    prompt = result.prompts[0] if result.prompts else "..."
+    use = ["--control", f"{result.delta}:PICTURE.png"] if result.delta.is_dir() else ["--delta", str(result.delta)]
+    command = ["vgm-generate", "--base", config.base, *use, "--prompt", prompt, "--output", "picture.png"]
+    return "\n".join([*lines, "", "next:", f"  {shlex.join(command)}"])

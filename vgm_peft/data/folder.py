@@ -1,0 +1,73 @@
+"""What lies in an image folder: every entry once, each either a plain file inside it, ignored for a reason, or a fault.
+
+Links that leave the folder, links to folders (which may loop), pipes and devices are faults by name; nothing is opened.
+"""
+
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vgm_peft.data.pictures import shown
+from vgm_peft.errors import DataError
+
+COMPANIONS = frozenset({"thumbs.db", "desktop.ini", "__macosx", "readme.md", "license", "license.md", "license.txt"})
+"""Names, lower case, that other programs leave beside pictures and that cannot be anyone's caption."""
+
+
+@dataclass
+class Listing:
+    """The entries of a folder: `files` by their path relative to it (forward slashes), in sorted order."""
+
+    files: dict[str, Path] = field(default_factory=dict[str, Path])
+    ignored: dict[str, str] = field(default_factory=dict[str, str])
+    faults: list[DataError] = field(default_factory=list[DataError])
+
+
+def walk(folder: Path) -> Listing:
+    """List a folder and its subfolders. Raises `DataError` when it is not a folder or cannot be listed."""
+    listing = Listing()
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise DataError(f"image folder {folder} {what}", expected="a folder of pictures")
+    _walk(folder, "", folder.resolve(), listing)
+    return listing
+
+
+def _walk(folder: Path, prefix: str, root: Path, listing: Listing) -> None:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError as error:
+        listing.faults.append(
+            DataError(f"folder {shown(prefix or str(folder))} cannot be listed ({error.strerror})", fix="check its permissions")
+        )
+        return
+    for entry in entries:
+        name = prefix + entry.name
+        if entry.name.startswith("."):
+            listing.ignored[name] = "hidden"
+        elif entry.name.lower() in COMPANIONS:
+            listing.ignored[name] = "left by another program"
+        elif entry.is_dir(follow_symlinks=False):
+            _walk(Path(entry.path), f"{name}/", root, listing)
+        else:
+            fault = _fault(entry, name, root)
+            if fault is None:
+                listing.files[name] = Path(entry.path)
+            else:
+                listing.faults.append(fault)
+
+
+def _fault(entry: os.DirEntry[str], name: str, root: Path) -> DataError | None:
+    try:
+        mode = entry.stat().st_mode
+        target = Path(entry.path).resolve(strict=True)
+    except (OSError, RuntimeError):
+        return DataError(f"{shown(name)} is a link to nothing", fix="delete it, or put the file itself there")
+    if stat.S_ISDIR(mode):
+        return DataError(f"{shown(name)} is a link to a folder", fix="put the files themselves there")
+    if not stat.S_ISREG(mode):
+        return DataError(f"{shown(name)} is a pipe, socket or device", expected="a plain file", fix="take it out of the folder")
+    if entry.is_symlink() and not target.is_relative_to(root):
+        return DataError(f"{shown(name)} is a link out of the folder", fix="put the file itself there")
+    return None

@@ -1,0 +1,209 @@
+"""One picture file: examined without trust, and decoded to upright 8-bit sRGB.
+
+A file is read once, hashed, and opened only by the decoders named here (pillow by itself knows over forty, some of which
+start other programs); its size is checked before the first pixel is decoded, and it is then decoded in full, since a
+picture cut in half opens without complaint. What would change the picture's looks silently is either done properly
+(EXIF rotation, colour profile, transparency, 16 bits) or refused.
+"""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from vgm_peft.errors import DataError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+"""File names that are taken for pictures, lower case."""
+OTHER_PICTURES = frozenset(".gif .tif .tiff .heic .heif .avif .jxl .jp2 .psd .svg .tga .raw .dng .cr2 .nef .ico .ppm".split())
+"""Pictures that we do not read and therefore name as such."""
+MAX_PIXELS = 80_000_000
+"""Width times height; below pillow's own limits, so that pillow never warns about what we accept."""
+MAX_BYTES = 256 * 2**20
+MIN_SIDE = 16
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_ORIENTATION = 0x0112
+_TOO_LARGE = f"has more than {MAX_PIXELS // 10**6} million pixels, which is more than we decode"
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is known of a sound picture: its size in pixels once upright, SHA-256 of its bytes, and what deserves saying."""
+
+    width: int
+    height: int
+    digest: str
+    notes: tuple[str, ...] = ()
+
+
+def examine(path: Path) -> Picture:
+    """Read and decode a picture file in full and describe it. Raises `DataError` (its text begins with the file's name)."""
+    raw = read_bytes(path)
+    if not raw:
+        raise DataError(f"{shown(path.name)} is empty (0 bytes)", fix="copy the picture again, or delete the file")
+    try:
+        image = _open(raw)
+        _check(image)
+        image.load()
+        notes = _notes(image)
+        width, height = _upright(image).size
+    except Image.DecompressionBombError:
+        raise DataError(f"{shown(path.name)} {_TOO_LARGE}", fix="save it smaller") from None
+    except _Refused as refusal:
+        raise DataError(f"{shown(path.name)} {refusal.what}", fix=refusal.fix) from None
+    except Exception as error:  # whatever a decoder makes of a hostile file, the file is what is wrong
+        raise DataError(
+            f"{shown(path.name)} cannot be read as a picture ({_reason(error, raw)})",
+            expected="a whole PNG, JPEG, WebP or BMP file",
+            fix="copy or convert it again, or take it out of the folder",
+        ) from None
+    return Picture(width, height, hashlib.sha256(raw).hexdigest(), notes)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the bytes of a file of at most `MAX_BYTES`. Raises `DataError`."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(
+                f"{shown(path.name)} has {path.stat().st_size / 2**20:.0f} MiB",
+                expected=f"at most {MAX_BYTES // 2**20}",
+                fix="save it smaller",
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{shown(path.name)} cannot be opened ({error.strerror})", fix="check the file and its permissions"
+        ) from None
+
+
+def decode(raw: bytes) -> Image.Image:
+    """Decode a file's bytes to an upright RGB picture: EXIF turned, alpha laid on white, colour profile brought to sRGB."""
+    image = _open(raw)
+    image.load()
+    profile = image.info.get("icc_profile")
+    image = _upright(image)
+    if image.mode.startswith("I;16"):  # pillow's own conversion clips 16 bits instead of scaling them
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("PA", "LA", "La", "RGBa", "P") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    alpha = image.getchannel("A") if image.mode == "RGBA" else None
+    colour = _to_srgb(image.convert("RGB") if alpha is not None else image, profile)
+    if alpha is None:
+        return colour
+    paper = Image.new("RGB", colour.size, "white")
+    paper.paste(colour, mask=alpha)
+    return paper
+
+
+def shown(name: str) -> str:
+    """Return a file's name as it may be printed: escaped when it holds line breaks, control characters or broken bytes."""
+    return name if name.isprintable() else ascii(name)
+
+
+class _Refused(Exception):
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.what, self.fix = what, fix
+
+
+def _open(raw: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(raw), formats=_FORMATS)
+
+
+def _check(image: Image.Image) -> None:
+    """Refuse by the header alone what must not be decoded."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _Refused(_TOO_LARGE, "save it smaller")
+    if min(width, height) < MIN_SIDE:
+        raise _Refused(f"has only {width} x {height} pixels", f"use a picture of at least {MIN_SIDE} pixels a side")
+    # A phone's JPEG may carry a depth or gain map as a second frame (MPO); its first frame is the picture.
+    frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+    if frames > 1:
+        raise _Refused(f"is an animation of {frames} frames", "save the frame you want as a still picture")
+
+
+def _notes(image: Image.Image) -> tuple[str, ...]:
+    notes: list[str] = []
+    if image.has_transparency_data and (image.convert("RGBA").getchannel("A").getextrema()[0] != 255):
+        notes.append("transparent parts become white")
+    if _orientation(image) != 1:
+        notes.append("turned upright as its EXIF data say")
+    profile = image.info.get("icc_profile")
+    if profile and not _is_srgb(profile):
+        notes.append("colour profile converted to sRGB" if _transform(image, profile) else "colour profile unusable, ignored")
+    return tuple(notes)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # EXIF is written by anything that has a lens; damage there leaves the pixels as they lie
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _is_srgb(profile: bytes) -> bool:
+    try:
+        return "srgb" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).lower()
+    except (ImageCms.PyCMSError, OSError):
+        return False
+
+
+def _transform(image: Image.Image, profile: bytes) -> ImageCms.ImageCmsTransform | None:
+    """Return what brings the picture's colours to sRGB, or `None` when its profile is damaged or of another colour space."""
+    mode = "RGB" if image.mode in ("RGBA", "P", "PA") else image.mode
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    transform = None if not profile or _is_srgb(profile) else _transform(image, profile)
+    if transform is None:
+        return image.convert("RGB")
+    return cast(Image.Image, ImageCms.applyTransform(image, transform))
+
+
+def _reason(error: Exception, raw: bytes) -> str:
+    """Say what the bytes are, when they are known for something else, or else what the decoder said."""
+    starts: dict[bytes, str] = {
+        b"version https://git-lfs": "it is a Git LFS pointer, not the file itself",
+        b"<!DOCTYPE": "it is a web page",
+        b"<html": "it is a web page",
+        b"<svg": "it is an SVG drawing",
+        b"GIF8": "it is a GIF",
+        b"II*\0": "it is a TIFF",
+        b"MM\0*": "it is a TIFF",
+        b"%PDF": "it is a PDF",
+        b"%!PS": "it is PostScript",
+        b"8BPS": "it is a Photoshop file",
+        b"PK\x03\x04": "it is a zip archive",
+    }
+    known: Any = next((text for start, text in starts.items() if raw.lstrip()[:40].startswith(start)), None)
+    if known:
+        return known
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "no picture in it"
+    return " ".join(str(error).split())[:100] or type(error).__name__

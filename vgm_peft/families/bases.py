@@ -1,0 +1,187 @@
+"""Loading a base model by what the user calls it: the embedded one, a diffusers folder, a single file, a hub id.
+
+All four end in the same place: a stock text-to-image pipeline of a known family, its weights read from safetensors
+only. Whatever a folder or file says of itself is checked before any class that it names is touched.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from vgm_peft.errors import BaseModelError
+from vgm_peft.family import Base, Family
+from vgm_peft.folders import CONVERT, PICKLED, check_component, check_no_code, read_json
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+TOYBOX = "toybox"
+LIBRARIES = ("diffusers", "transformers")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_digests: dict[tuple[str, int, int], str] = {}
+
+
+def toybox_folder() -> Path:
+    """Return the folder of the embedded base: the checkout's, else the installed package's. Raises `BaseModelError`."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package.parent / "assets" / TOYBOX, package / "assets" / TOYBOX):
+        if (folder / "model_index.json").is_file():
+            return folder
+    raise BaseModelError(
+        "the embedded base (toybox) is not in this installation",
+        expected="assets/toybox beside or inside the package",
+        fix="reinstall, or train it: python -m vgm_peft.toybox train-base",
+    )
+
+
+def load_base(
+    families: Mapping[str, Family], source: str | Path, dtype: torch.dtype, device: "torch.device | str", digest: bool
+) -> Base:
+    """Load a base of one of `families`, frozen; see `families.load`."""
+    name = str(source)
+    path = toybox_folder() if name == TOYBOX else Path(source).expanduser()
+    if path.is_file() or path.suffix in (*PICKLED, ".safetensors"):
+        from vgm_peft.families.original import load_file
+
+        pipe, files = load_file(families, path, dtype), [path]
+    else:
+        if not path.is_dir():
+            path = _download(families, name)
+        pipe = _load_folder(families, path, dtype)
+        files = _loaded_files(pipe, path) if digest else []
+    family = next((f for f in families.values() if f.recognises(pipe)), None)
+    if family is None:
+        raise BaseModelError(f"{name}: a {type(pipe).__name__} of another make", expected="one of " + ", ".join(families))
+    base = Base(pipe.to(device), family, name, _digest(files) if digest else "")
+    channels = cast(Any, base.denoiser).config.in_channels
+    if channels != cast(Any, pipe).vae.config.latent_channels:
+        raise BaseModelError(
+            f"{name}: its denoiser reads {channels} channels",
+            expected="as many as a latent has; inpainting models are no bases",
+        )
+    return base.freeze()
+
+
+def _load_folder(families: Mapping[str, Family], folder: Path, dtype: torch.dtype) -> "DiffusionPipeline":
+    index = read_json(folder / "model_index.json")
+    family = _family_of_index(families, index, folder)
+    check_no_code(folder)
+    for name in _components(index):
+        if (folder / name).is_dir() and name not in family.loading:
+            check_component(folder / name)
+    return _from_pretrained(family, folder, dtype, _variant(folder / family.denoiser))
+
+
+def _from_pretrained(family: Family, folder: Path, dtype: torch.dtype, variant: str | None) -> "DiffusionPipeline":
+    import diffusers
+
+    build: Any = getattr(diffusers, family.pipelines[0])
+    try:
+        return build.from_pretrained(
+            folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True, **family.loading
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise BaseModelError(
+            f"{folder}: cannot be loaded ({_first_line(error)})", fix="fetch or copy the folder anew"
+        ) from error
+
+
+def _family_of_index(families: Mapping[str, Family], index: Mapping[str, Any], folder: Path) -> Family:
+    """Find the family by the pipeline's class, refusing what would bring code of its own; no class is imported for it."""
+    where, kind = folder / "model_index.json", index.get("_class_name")
+    if "custom_pipeline" in index or not isinstance(kind, str):
+        raise BaseModelError(f"{where}: asks for a pipeline of its own ({kind!r})", expected="a pipeline of diffusers' own")
+    for name, entry in _components(index).items():
+        if len(entry) != 2 or entry[0] not in (*LIBRARIES, "stable_diffusion", None):
+            raise BaseModelError(f"{where}: {name} comes from {entry}", expected="classes of diffusers and transformers")
+    for family in families.values():
+        if kind in family.pipelines:
+            return family
+    raise BaseModelError(
+        f"{where}: a {kind}", expected="one of " + ", ".join(f"{f.name} ({f.pipelines[0]})" for f in families.values())
+    )
+
+
+def _components(index: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {name: cast("list[Any]", entry) for name, entry in index.items() if isinstance(entry, list) and name[0] != "_"}
+
+
+def _variant(folder: Path) -> str | None:
+    """Say `fp16` where a component has no other weights; diffusers then wants to be told."""
+    names = [path.name for path in folder.glob("*.safetensors")]
+    return "fp16" if names and all(".fp16" in name for name in names) else None
+
+
+def _download(families: Mapping[str, Family], name: str) -> Path:
+    """Bring a hub model into the local cache, safetensors only, and return its folder."""
+    if not _HUB_ID.fullmatch(name):
+        raise BaseModelError(
+            f'base "{name}": no such file or folder',
+            expected="toybox, a diffusers folder, a .safetensors file, or a hub id (stabilityai/stable-diffusion-xl-base-1.0)",
+        )
+    import diffusers
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        where = Path(hf_hub_download(name, "model_index.json"))
+        family = _family_of_index(families, read_json(where), Path(name))
+        build: Any = getattr(diffusers, family.pipelines[0])
+        return Path(build.download(name, use_safetensors=True, **family.loading))
+    except EntryNotFoundError as error:
+        if not isinstance(error, OSError):
+            raise BaseModelError(f"{name}: has no model_index.json", expected="a model in diffusers' layout") from error
+        raise _unreachable(name, error) from error
+    except (OSError, ValueError) as error:
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> BaseModelError:
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+    return BaseModelError(
+        f"{name}: neither in the local cache nor reachable{offline}: {_first_line(error)}",
+        fix="check name and network, log in with `hf auth login` where the model asks for it, or give a folder or file",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _loaded_files(pipe: "DiffusionPipeline", folder: Path) -> list[Path]:
+    """The files that made a pipeline: weights, configurations and vocabularies of the components it really has."""
+    files: list[Path] = []
+    for name, component in sorted(pipe.components.items()):
+        here = folder / name
+        variant = _variant(here)
+        for path in sorted(here.glob("*")) if component is not None and here.is_dir() else []:
+            kept = path.suffix in (".json", ".txt") or (
+                path.suffix == ".safetensors" and "non_ema" not in path.name and (".fp16" in path.name) == (variant == "fp16")
+            )
+            if kept:
+                files.append(path)
+    return files
+
+
+def _digest(files: list[Path]) -> str:
+    """SHA-256 over the files' own SHA-256, in order; each file is read once in a process, as long as it does not change."""
+    total = hashlib.sha256()
+    for path in files:
+        stat = path.stat()
+        key = (str(path), stat.st_size, stat.st_mtime_ns)
+        if key not in _digests:
+            with path.open("rb") as stream:
+                _digests[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(_digests[key].encode())
+    return total.hexdigest()
+
+
+def refuse_pickle(path: Path) -> None:
+    """Refuse a file whose name says that it is pickled. Raises `BaseModelError` with how to convert it."""
+    if path.suffix in PICKLED:
+        raise BaseModelError(f"{path}: pickled weights are never read", expected="a .safetensors file", fix=CONVERT)

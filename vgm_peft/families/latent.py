@@ -1,0 +1,155 @@
+"""What the Stable Diffusion families share: pictures through an AutoencoderKL, queries to a UNet2DConditionModel.
+
+Latent diffusion, Rombach et al. 2021, arXiv 2112.10752. Latents are in the denoiser's units: `(z - shift) * scale` of the
+VAE's own z, or per channel where the VAE's configuration gives `latents_mean` and `latents_std`.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from vgm_peft.families.spelling import unet_spellings
+from vgm_peft.family import Base, Family, KeyTable, Posterior, Query, Residuals
+from vgm_peft.site import Site
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+_ATTENTION = tuple(f"unet.*.{{}}.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0"))
+_TEXT = tuple(f"text_encoder*.encoder.layers.*.self_attn.{layer}" for layer in ("q_proj", "k_proj", "v_proj", "out_proj"))
+
+
+def _attention(which: str) -> tuple[str, ...]:
+    return tuple(glob.format(which) for glob in _ATTENTION)
+
+
+PRESETS: Mapping[str, tuple[str, ...]] = {
+    "attention": _attention("attn[12]"),
+    "self-attention": _attention("attn1"),
+    "cross-attention": _attention("attn2"),
+    "attention+mlp": (*_attention("attn[12]"), "unet.*.ff.net.0.proj", "unet.*.ff.net.2"),
+    "conv": ("unet.*.resnets.*.conv[12]", "unet.*.downsamplers.*.conv", "unet.*.upsamplers.*.conv"),
+    "all": ("unet.*",),
+    "text": _TEXT,
+    "text+mlp": (*_TEXT, "text_encoder*.encoder.layers.*.mlp.fc[12]"),
+}
+
+
+class UNetFamily(Family):
+    """Families whose denoiser is diffusers' UNet2DConditionModel over AutoencoderKL latents."""
+
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = PRESETS
+    text_prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Text encoder part -> kohya prefixes, the one to write first."""
+    ldm_names: ClassVar[bool]
+    """kohya files of this family are written with the original (LDM) block names."""
+
+    def predict(self, base: Base, query: Query, side: Residuals | None = None) -> Tensor:
+        """Call the U-Net; inputs are cast to its dtype."""
+        unet = cast(Any, base.denoiser)
+        dtype = next(base.denoiser.parameters()).dtype
+        return unet(
+            query.noisy.to(dtype),
+            query.t,
+            encoder_hidden_states=query.condition.hidden.to(dtype),
+            added_cond_kwargs=self.extra(base, query),
+            down_block_additional_residuals=None if side is None else side.down,
+            mid_block_additional_residual=None if side is None else side.mid,
+            return_dict=False,
+        )[0]
+
+    def encode_image(self, base: Base, pixels: Tensor) -> Posterior:
+        """Encode pictures to the VAE's posterior, in the denoiser's units and the VAE's dtype."""
+        vae = _vae(base)
+        with _upcast(vae) as dtype:
+            answer = vae.encode(pixels.to(vae.device, dtype)).latent_dist
+        shift, scale = _units(vae, answer.mean)
+        return Posterior((answer.mean - shift) * scale, answer.std * scale)
+
+    def decode(self, base: Base, latents: Tensor) -> Tensor:
+        """Decode latents to pictures, clamped to -1 .. 1."""
+        vae = _vae(base)
+        shift, scale = _units(vae, latents)
+        with _upcast(vae) as dtype:
+            pixels = vae.decode((latents / scale + shift).to(vae.device, dtype)).sample
+        return pixels.clamp(-1.0, 1.0)
+
+    def key_table(self, sites: Sequence[Site]) -> KeyTable:
+        """Spell the modules as kohya does; diffusers and original block names are both read."""
+        kohya: dict[tuple[str, str], str] = {}
+        aliases: dict[str, tuple[str, str]] = {}
+        original = unet_spellings(s.module for s in sites if s.part == "unet")
+        for part, module in dict.fromkeys((s.part, s.module) for s in sites):
+            if part == "unet":
+                names = [f"lora_unet_{module}", f"lora_unet_{original.get(module, module)}"]
+                names = names[::-1] if self.ldm_names else names
+            else:
+                inner = module if module.startswith("text_projection") else f"text_model.{module}"
+                names = [f"{prefix}_{inner}" for prefix in self.text_prefixes[part]]
+            first, *others = dict.fromkeys(name.replace(".", "_") for name in names)
+            kohya[part, module] = first
+            aliases.update(dict.fromkeys(others, (part, module)))
+        return KeyTable(kohya, aliases)
+
+
+def _vae(base: Base) -> Any:
+    return cast(Any, base.pipe).vae
+
+
+@contextmanager
+def _upcast(vae: Any) -> Generator[torch.dtype]:
+    """Run the VAE in float32 where its configuration says that float16 overflows (SDXL's); exact both ways."""
+    dtype = vae.dtype
+    if dtype != torch.float16 or not vae.config.get("force_upcast", False):
+        yield dtype
+        return
+    vae.to(torch.float32)
+    try:
+        yield torch.float32
+    finally:
+        vae.to(dtype)
+
+
+def _units(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and scale from the VAE's z to the denoiser's units, broadcastable to (B, C, H, W)."""
+    config = vae.config
+    scale = like.new_tensor(config["scaling_factor"])
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        return like.new_tensor(mean).view(1, -1, 1, 1), scale / like.new_tensor(std).view(1, -1, 1, 1)
+    return like.new_tensor(config.get("shift_factor") or 0.0), scale
+
+
+def tiny_vae(factor: int) -> "AutoencoderKL":
+    """Build an AutoencoderKL of toy size that maps `factor` pixels to a latent of 4 channels."""
+    from diffusers import AutoencoderKL
+
+    levels = factor.bit_length()
+    build: Any = AutoencoderKL
+    return build(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * levels,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+        scaling_factor=0.18215,
+    )
+
+
+def is_unet(network: nn.Module | None) -> bool:
+    """Say whether a denoiser is the U-Net class that these families share."""
+    from diffusers import UNet2DConditionModel
+
+    return isinstance(network, UNet2DConditionModel)
+
+
+def tiny_unet(**config: Any) -> "UNet2DConditionModel":
+    """Build a U-Net at 8 x 8 latents with 4 channels, 2 layers a block and groups of 4 channels."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, layers_per_block=2, norm_num_groups=4, **config)

@@ -1,0 +1,125 @@
+"""Folders in diffusers' layout: what of a stranger's folder may be loaded, and how ours are written.
+
+Nothing is loaded that could carry code: weights are safetensors, configurations are JSON that names only classes of
+diffusers and transformers. The checks come before the first import of anything a folder names.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+from vgm_peft.errors import BaseModelError, SaveError, VgmError
+
+PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+CONVERT = (
+    "convert it to .safetensors first, on a machine where you trust the file: torch.load, then safetensors.torch.save_file"
+)
+_LARGEST_JSON = 1 << 24
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises `BaseModelError` when the file is missing, too large, or holds something else."""
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise BaseModelError(f"{path}: {path.stat().st_size} bytes", expected="a configuration of less than 16 MiB")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaseModelError(f"{path}: no such file", expected="a folder in diffusers' layout") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BaseModelError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BaseModelError(f"{path}: holds a {type(value).__name__}", expected="a JSON object")
+    return cast(dict[str, Any], value)
+
+
+def check_component(folder: Path) -> None:
+    """Refuse a component's folder that carries code or has weights only as pickle. Raises `BaseModelError`."""
+    check_no_code(folder)
+    names = [path.name for path in folder.iterdir()]
+    pickled = sorted(name for name in names if name.endswith(PICKLED))
+    if pickled and not any(name.endswith(".safetensors") for name in names):
+        raise BaseModelError(f"{folder / pickled[0]}: weights as pickle are never read", expected=".safetensors", fix=CONVERT)
+
+
+def check_no_code(folder: Path) -> None:
+    """Refuse a folder with Python files, or with configurations that ask for code (`auto_map`). Raises `BaseModelError`."""
+    if not folder.is_dir():
+        raise BaseModelError(f"{folder}: no such folder")
+    scripts = sorted(folder.rglob("*.py"))
+    if scripts:
+        raise BaseModelError(f"{scripts[0]}: code in a model's folder is never run", fix="remove it if the model works without")
+    for path in sorted(folder.rglob("*.json")):
+        if path.name.endswith("config.json") and "auto_map" in read_json(path):
+            raise BaseModelError(f'{path}: "auto_map" asks for code of its own', fix="use a model of diffusers' own classes")
+
+
+@contextmanager
+def replace_folder(folder: Path, owned: Callable[[Path], bool]) -> Generator[Path]:
+    """Write a folder aside and put it in its place when the block ends well; any failure leaves the old one as it was.
+
+    A folder that stands there already is replaced only when it is empty or `owned` says that it is one of the same
+    kind. Raises `SaveError`.
+    """
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _says(owned, folder))):
+        raise SaveError(f"{folder}: holds something else", expected="a new folder, or one to be replaced", fix="name another")
+    aside = folder.parent / f".{folder.name}.{uuid4().hex}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        yield aside
+        _settle(aside)
+        _exchange(aside, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise SaveError(
+            f"{folder}: not written ({error.strerror or error})", fix="what stood there before is unharmed"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Bring a folder's files to the disk, with the modes that the user's umask asks for (safetensors writes 0600)."""
+    probe = folder / f".{uuid4().hex}"
+    probe.touch(0o666)
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+        _sync(path)
+    _sync(folder)
+
+
+def _exchange(new: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    old = folder.parent / f".{folder.name}.{uuid4().hex}"
+    os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _says(owned: Callable[[Path], bool], folder: Path) -> bool:
+    try:
+        return owned(folder)
+    except VgmError:
+        return False
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,80 @@
+"""Is what was written what was meant? Two deltas compared by the change they make, the only thing that counts."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vgm_peft.delta import Delta, Patch
+from vgm_peft.errors import DeltaError
+from vgm_peft.family import Base
+from vgm_peft.formats.header import listed
+from vgm_peft.formats.vocabulary import base_tensor, stand_in
+
+BOUNDS: Mapping[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Largest difference of dW that rounding to a dtype explains, as a share of the largest value of dW."""
+
+
+@torch.no_grad()
+def check_change(meant: Delta, written: Delta, base: Base | None, dtype: torch.dtype | None) -> None:
+    """Raise `DeltaError` unless both deltas change the same tensors by the same dW, up to the rounding of `dtype`."""
+    odd = sorted({*meant.patches} ^ {*written.patches})
+    if odd:
+        raise DeltaError(f"{len(odd)} changes are not the same in the written file ({listed(odd)})", expected="none lost")
+    for name, patch in meant.patches.items():
+        wanted, found = (_change(p, base) for p in (patch, written.patches[name]))
+        error, largest = float((wanted - found).abs().max()), float(wanted.abs().max())
+        bound = BOUNDS.get(dtype or _dtype(patch), 1e-5)
+        if not error <= bound * largest:
+            raise DeltaError(
+                f"{patch.site}: the written change differs by {error:.3g} of {largest:.3g}",
+                expected=f"at most {bound:g} of it",
+                fix="write it in a wider dtype" if dtype else "",
+            )
+
+
+@torch.no_grad()
+def check_words(meant: Delta, written: Delta, dtype: torch.dtype | None) -> None:
+    """Raise `DeltaError` unless both deltas hold the same tokens with the same rows, up to the rounding of `dtype`."""
+    if list(meant.words) != list(written.words):
+        raise DeltaError(f"the written file holds the tokens {listed(list(written.words))}", expected=listed(list(meant.words)))
+    for token, word in meant.words.items():
+        for part, rows in word.rows.items():
+            found = written.words[token].rows.get(part)
+            if found is None or not torch.equal(found, rows.detach().cpu().to(dtype or rows.dtype)):
+                raise DeltaError(f"the written rows of {token} for {part} are not those meant")
+
+
+def identical(a: Delta, b: Delta) -> bool:
+    """Say whether two deltas are the same bit for bit: sites, kinds, options, parameters, words and metadata."""
+
+    def table(delta: Delta) -> dict[str, Tensor]:
+        tensors = {f"{name}/{key}": value for name, patch in delta.patches.items() for key, value in patch.state_dict().items()}
+        return tensors | {f"{w.token}/{part}": rows.detach() for w in delta.words.values() for part, rows in w.rows.items()}
+
+    def frame(delta: Delta) -> object:
+        return delta.family, [(p.kind, p.site, p.options) for p in delta], list(delta.words), delta.metadata
+
+    ours, theirs = table(a), table(b)
+    return frame(a) == frame(b) and list(ours) == list(theirs) and all(_same(ours[k], theirs[k]) for k in ours)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal in dtype, shape and every bit, not-a-numbers included."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    plain = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return torch.equal(*plain)
+
+
+def _change(patch: Patch, base: Base | None) -> Tensor:
+    weight = stand_in(patch, base_tensor(patch.site, base)).to(_device(patch))
+    return patch.change(weight).detach().to("cpu", torch.float32)
+
+
+def _device(patch: Patch) -> torch.device:
+    return next((p.device for p in patch.parameters()), torch.device("cpu"))
+
+
+def _dtype(patch: Patch) -> torch.dtype:
+    return next((p.dtype for p in patch.parameters()), torch.float32)

@@ -1,0 +1,112 @@
+"""The vocabulary that tools share for one module's change (LyCORIS'), and its way to patches and back.
+
+A module's tensors are told apart by suffixes: `lora_down.weight`, `lora_up.weight`, `lokr_w1`, `diff`, `alpha` ... Which
+method means what by them is the method's own business (`Patch.pack`, `Patch.unpack`); here is what can be said without
+knowing it: the shape of the change they make, and whether the values are numbers at all.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vgm_peft.delta import Delta, Patch
+from vgm_peft.deltas import TABLE
+from vgm_peft.errors import DeltaError
+from vgm_peft.family import Base
+from vgm_peft.formats.header import shown
+from vgm_peft.site import Site, locate
+
+Suffixes = dict[str, Tensor]
+"""One module's tensors by suffix."""
+
+BIAS_SUFFIXES = frozenset(("diff_b", "b_norm"))
+"""Suffixes that change the module's bias; all others change its weight."""
+
+
+def shape_of(tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    """Return the shape of the tensor that one module's tensors change, or None when they alone do not tell."""
+    for name in ("diff", "diff_b", "w_norm", "b_norm"):
+        if name in tensors:
+            return tuple(tensors[name].shape)
+    up, down = tensors.get("lora_up.weight"), tensors.get("lora_down.weight")
+    if up is not None and down is not None and up.dim() > 1 and down.dim() > 1:
+        kernel = tensors["lora_mid.weight"] if "lora_mid.weight" in tensors else down
+        return (up.shape[0], down.shape[1], *kernel.shape[2:])
+    return _kronecker_shape(tensors)
+
+
+def _kronecker_shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    halves: list[tuple[int, ...]] = []
+    for half in ("lokr_w1", "lokr_w2"):
+        whole, rows, columns = (tensors.get(half + end) for end in ("", "_a", "_b"))
+        if whole is not None:
+            halves.append(tuple(whole.shape))
+        elif rows is not None and columns is not None and "lokr_t2" not in tensors:
+            halves.append((rows.shape[0], *columns.shape[1:]))
+    if len(halves) != 2 or min(map(len, halves)) < 2:
+        return None
+    (o1, i1, *_), (o2, i2, *kernel) = halves
+    return (o1 * o2, i1 * i2, *kernel)
+
+
+def unpack(site: Site, tensors: Suffixes, where: str) -> Patch:
+    """Make the patch that one module's tensors spell, by asking each method. Raises `DeltaError` when none reads them."""
+    for suffix, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DeltaError(
+                f"{where}: {site}: {shown(suffix)} holds values that are not finite", fix="train or export it again"
+            )
+    for method in TABLE.values():
+        patch = method.unpack(site, tensors)
+        if patch is not None:
+            return patch
+    raise DeltaError(
+        f"{where}: {site}: no method here reads " + ", ".join(map(shown, sorted(tensors))),
+        expected="a delta of " + " or ".join(sorted(TABLE)),
+    )
+
+
+def pack_all(delta: Delta, base: Base | None) -> list[Suffixes]:
+    """Spell every patch, in the delta's order and the dtype of its values."""
+    packed: list[Suffixes] = []
+    for patch in delta:
+        tensors = patch.pack(stand_in(patch, base_tensor(patch.site, base)))
+        packed.append({suffix: tensor.detach() for suffix, tensor in tensors.items()})
+    return packed
+
+
+def convert(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return tensors in another dtype, where one is asked for; an `alpha` stays as it is. Raises `DeltaError` on overflow."""
+    if dtype is None:
+        return dict(tensors)
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        keep = name.endswith("alpha") or not tensor.is_floating_point()
+        out[name] = tensor if keep else tensor.to(dtype)
+        if not keep and not bool(torch.isfinite(out[name]).all()):
+            largest = float(tensor.abs().max())
+            raise DeltaError(f"{name} does not fit {dtype} (largest {largest:.3g})", fix="write it as bfloat16 or float32")
+    return out
+
+
+def base_tensor(site: Site, base: Base | None) -> Tensor | None:
+    """Return the base's own tensor at a site. Raises `DeltaError` when the base has none such."""
+    return None if base is None else getattr(locate(base.parts, site), site.tensor).detach()
+
+
+def stand_in(patch: Patch, base: Tensor | None) -> Tensor:
+    """Return the base tensor, or zeros of its shape without memory where the patch reads nothing but the shape."""
+    if base is not None:
+        return base
+    if not patch.base_free:
+        raise DeltaError(
+            f"{patch.site}: a change by {patch.kind} depends on the base's own weights", fix="name the base with --base"
+        )
+    return torch.zeros(()).expand(patch.site.shape)
+
+
+def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
+    """Return the rank at which a low-rank module is stored, None for other kinds."""
+    down = tensors.get("lora_down.weight")
+    return None if down is None else down.shape[0]

@@ -1,0 +1,91 @@
+"""Finding delta files in folders that were named as libraries, and nowhere else."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vgm_peft.errors import DeltaError
+from vgm_peft.picture import label
+from vgm_peft.stack.recipe import Stack, folder_sha256, sha256
+
+MAX_FILES = 10_000
+DEPTH = 4
+SKIPPED = {"checkpoints", "samples", "exports", "unet", "vae", "text_encoder", "text_encoder_2", "cache"}
+"""Folders that hold weights which are no deltas to choose from."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A delta file in a library: a short name that is unique in the listing, and its place."""
+
+    name: str
+    path: Path
+
+
+def find(folders: Sequence[Path]) -> list[Found]:
+    """List the `.safetensors` files of libraries by short names, sorted; a run's delta goes by the run's name.
+
+    Symbolic links that lead out of their library, folders of models and hidden files are left out.
+    """
+    found: list[Found] = []
+    taken: dict[str, int] = {}
+    for folder in folders:
+        for path in _files(folder):
+            name = label(path.relative_to(folder.parent).as_posix())
+            taken[name] = taken.get(name, 0) + 1
+            found.append(Found(name if taken[name] == 1 else f"{name} ({taken[name]})", path))
+    return sorted(found, key=lambda f: f.name.casefold())
+
+
+def locate(stack: Stack, folders: Sequence[Path]) -> Stack:
+    """Give the plain names of a stack read from a picture their places in the libraries, by digest, else by name.
+
+    Raises `DeltaError` for a file that is in none of them.
+    """
+    files = [path for folder in folders for path in _files(folder)]
+    deltas = tuple(replace(d, file=str(_match(d.file, d.digest, files))) for d in stack.deltas)
+    networks = [p.parent for folder in folders for p in sorted(folder.rglob("config.json"))]
+    controls = tuple(
+        replace(
+            c,
+            folder=str(_match(c.folder, c.folder_digest, networks)),
+            image=str(_match(c.image, c.image_digest, [p for folder in folders for p in sorted(folder.rglob(c.image))])),
+        )
+        for c in stack.controls
+    )
+    return replace(stack, deltas=deltas, controls=controls)
+
+
+def _match(name: str, digest: str, places: Sequence[Path]) -> Path:
+    named = [p for p in places if p.as_posix().endswith(f"/{name}")]
+    if not digest and named:
+        return named[0].absolute()
+    for path in (*named, *(p for p in places if p not in named)):
+        if digest == (folder_sha256(path) if path.is_dir() else sha256(path)):
+            return path.absolute()
+    raise DeltaError(
+        f'"{name}" ({digest[:12] or "no digest"}) is in none of the folders searched', fix="name the folder that holds it"
+    )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    root, count = folder.resolve(), 0
+    for here, below, names in os.walk(folder):
+        depth = len(Path(here).relative_to(folder).parts)
+        below[:] = sorted(d for d in below if d not in SKIPPED and not d.startswith(".") and depth < DEPTH)
+        if "model_index.json" in names or "config.json" in names:
+            below.clear()
+            continue
+        for name in sorted(names):
+            path = Path(here, name)
+            if (
+                name.endswith(".safetensors")
+                and not name.startswith(".")
+                and path.resolve().is_relative_to(root)
+                and path.is_file()
+            ):
+                count += 1
+                if count > MAX_FILES:
+                    return
+                yield path

@@ -1,0 +1,218 @@
+"""The Toybox U-Net: SD1.5's blocks at small widths, trained on latents with v-prediction and a zero terminal SNR.
+
+Everything the sampler starts from must be decided from the text alone at the last step, so noisy steps are drawn more
+often than clean ones, and the latents of the toys weigh more than those of the background.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.nn import functional as nf
+from transformers import CLIPTextModel
+
+from vgm_peft.toybox.optim import MuonAdam, muon_for
+from vgm_peft.toybox.state import (
+    Clock,
+    load_state,
+    module_tensors,
+    optimiser_tensors,
+    restore_module,
+    restore_optimiser,
+    save_state,
+    say,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnetSettings:
+    """How the U-Net is built and trained."""
+
+    widths: tuple[int, ...] = (32, 64, 128, 128)
+    heads: tuple[int, ...] = (2, 2, 4, 4)
+    text_width: int = 128
+    batch: int = 32
+    coarse_batch: int = 64
+    matrix_rate: float = 0.02
+    """Of Muon, for matrices and convolutions; `rate` is Adam's, for the rest."""
+    rate: float = 2e-3
+    warm_steps: int = 100
+    decay: float = 0.997
+    """Of the running mean of the weights that is sampled from."""
+    dropout: float = 0.1
+    """Share of captions replaced by the empty one, for guidance."""
+    toy_weight: float = 3.0
+    """A latent wholly on a toy weighs 1 + this much."""
+    noisy: float = 0.8
+    """Timesteps are T * u ** noisy with u uniform: below 1 favours noisy ones."""
+    snr_cap: float = 6.0
+    coarse_until: float = 0.22
+    """Share of the budget spent on latents halved in size, which cost a quarter."""
+    save_seconds: float = 240.0
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What the U-Net learns from: posterior `mean` and `deviation` (N, 4, H, W) in half precision, the share of each
+    latent that is toy (N, H, W) in 0..255, and the tokens (N, captions, T) of several captions a picture."""
+
+    mean: Tensor
+    deviation: Tensor
+    toy: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input; `latent` (B, 4, H, W), `weight` (B, 1, H, W), `text` (B, T, D), `step` (B,)."""
+
+    latent: Tensor
+    weight: Tensor
+    text: Tensor
+    step: Tensor
+
+
+def make_scheduler() -> DDIMScheduler:
+    """The sampler that the pipeline ships: v-prediction, zero terminal SNR, trailing steps."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
+def make_unet(settings: UnetSettings) -> UNet2DConditionModel:
+    """Build the untrained U-Net: four levels, two layers a block, the names of SD1.5."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=settings.widths,
+        layers_per_block=2,
+        cross_attention_dim=settings.text_width,
+        attention_head_dim=settings.heads,
+        norm_num_groups=16,
+    )
+
+
+def draw_batch(
+    data: Latents, text: CLIPTextModel, empty: Tensor, settings: UnetSettings, generator: torch.Generator, coarse: bool
+) -> Batch:
+    """Draw pictures, one caption each (sometimes the empty one), and stratified timesteps."""
+    device = next(text.parameters()).device
+    count = settings.coarse_batch if coarse else settings.batch
+    rows = torch.randint(len(data.mean), (count,), generator=generator)
+    mean, spread = data.mean[rows].float(), data.deviation[rows].float()
+    latent = mean + spread * torch.randn(mean.shape, generator=generator)
+    weight = 1 + settings.toy_weight * data.toy[rows].float()[:, None] / 255
+    if coarse:
+        latent, weight = nf.avg_pool2d(latent, 2), nf.avg_pool2d(weight, 2)
+    which = torch.randint(data.tokens.shape[1], (count,), generator=generator)
+    tokens = data.tokens[rows, which].long()
+    dropped = torch.rand(count, generator=generator) < settings.dropout
+    tokens = torch.where(dropped[:, None], empty, tokens)
+    uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    step = (1000 * uniform**settings.noisy).long().clamp(0, 999)
+    with torch.no_grad():
+        features = text(tokens.to(device)).last_hidden_state
+    return Batch(latent.to(device), weight.to(device), features, step.to(device))
+
+
+def loss(unet: UNet2DConditionModel, batch: Batch, noise: Tensor, alphas: Tensor, cap: float) -> Tensor:
+    """Weighted v-prediction error: v = sqrt(a) noise - sqrt(1 - a) latent, weight min(snr + 1, cap) / (snr + 1)."""
+    alpha = alphas[batch.step].reshape(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * batch.latent + (1 - alpha).sqrt() * noise
+    wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * batch.latent
+    guess = unet(noisy, batch.step, batch.text).sample.float()
+    snr_plus_one = 1 / (1 - alpha).clamp_min(1e-6)
+    balance = snr_plus_one.clamp_max(cap) / snr_plus_one
+    return (balance * batch.weight * (guess - wanted).square()).mean() / batch.weight.mean()
+
+
+class Averaged:
+    """Running mean of a model's weights, short at first so that early snapshots are of use."""
+
+    def __init__(self, model: UNet2DConditionModel, settings: UnetSettings) -> None:
+        self.model = make_unet(settings).to(next(model.parameters()).device).requires_grad_(False).eval()
+        self.model.load_state_dict(model.state_dict())
+        self._decay = settings.decay
+
+    @torch.no_grad()
+    def follow(self, model: UNet2DConditionModel, step: int) -> None:
+        """Move towards the model's weights after its step number `step`."""
+        share = 1 - min(self._decay, (1 + step) / (20 + step))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), share)  # pyright: ignore
+
+
+@dataclass
+class UnetRun:
+    """A U-Net in training: the model, its running mean, optimiser, clock and chance."""
+
+    settings: UnetSettings
+    unet: UNet2DConditionModel
+    averaged: Averaged
+    optimiser: MuonAdam
+    clock: Clock
+    generator: torch.Generator
+    step: int = 0
+    pictures: int = 0
+
+    @classmethod
+    def start(cls, settings: UnetSettings, budget: float, device: str, state: Path, seed: int = 0) -> "UnetRun":
+        """Begin, or go on exactly from `state` where that file exists."""
+        torch.manual_seed(seed)
+        unet = make_unet(settings).to(device)
+        optimiser = muon_for(unet, settings.matrix_rate, settings.rate, ("conv_in", "conv_out"))
+        run = cls(settings, unet, Averaged(unet, settings), optimiser, Clock(budget), torch.Generator())
+        run.generator.manual_seed(seed)
+        if state.exists():
+            tensors, facts = load_state(state)
+            restore_module("unet", unet, tensors)
+            restore_module("averaged", run.averaged.model, tensors)
+            restore_optimiser(optimiser, tensors)
+            run.generator.set_state(tensors["chance"])
+            run.clock.spent = float(facts["seconds"])
+            run.step, run.pictures = int(facts["step"]), int(facts["pictures"])
+        return run
+
+    def save(self, state: Path) -> None:
+        """Write everything needed to go on."""
+        tensors = {
+            **module_tensors("unet", self.unet),
+            **module_tensors("averaged", self.averaged.model),
+            **optimiser_tensors(self.optimiser),
+            "chance": self.generator.get_state(),
+        }
+        save_state(state, tensors, {"seconds": self.clock.elapsed(), "step": self.step, "pictures": self.pictures})
+
+    def factor(self, progress: float) -> float:
+        """Of the learning rates: a short warm-up by steps, then a half cosine by wall clock."""
+        warm = min(1.0, (self.step + 1) / self.settings.warm_steps)
+        return warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def advance(self, data: Latents, text: CLIPTextModel, empty: Tensor, alphas: Tensor, progress: float) -> Tensor:
+        """Make one optimiser step; returns the loss."""
+        coarse = progress < self.settings.coarse_until
+        batch = draw_batch(data, text, empty, self.settings, self.generator, coarse)
+        self.optimiser.factor = self.factor(progress)
+        noise = torch.randn(batch.latent.shape, generator=self.generator).to(batch.latent.device)
+        fast = batch.latent.device.type == "cuda"
+        with torch.autocast(batch.latent.device.type, torch.bfloat16, enabled=fast):
+            value = loss(self.unet, batch, noise, alphas, self.settings.snr_cap)
+        self.optimiser.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimiser.step()
+        self.step, self.pictures = self.step + 1, self.pictures + len(batch.latent)
+        self.averaged.follow(self.unet, self.step)
+        return value.detach()

@@ -1,0 +1,122 @@
+"""What a run says while it goes: a progress bar, one line per step in `metrics.jsonl`, and TensorBoard events.
+
+The events are written through TensorBoard's own record writer where that is installed, and not by its `SummaryWriter`,
+which puts the machine's name into the file's name.
+"""
+
+import importlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from vgm_peft.train.durable import saving
+
+METRICS = "metrics.jsonl"
+
+
+class Journal:
+    """The record of one run; a context manager. Silent when `main` is false, so that one process of several speaks."""
+
+    def __init__(self, folder: Path, done: int, steps: int, main: bool = True) -> None:
+        """Open the record of a run of `steps` steps of which `done` are done; later lines of an earlier try are dropped."""
+        self.folder, self.main = folder, main
+        self._file: TextIO | None = None
+        self._events: _Events | None = None
+        self._bar: Any = None
+        if main:
+            with saving(folder / METRICS):
+                self._file = _continued(folder / METRICS, done)
+            self._events = _Events.open(folder / "tb", done)
+            self._bar = _bar(done, steps)
+        self._begun = self._last = time.perf_counter()
+
+    def step(self, step: int, loss: float, rate: float, norm: float) -> None:
+        """Record step number `step` (from 1)."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        if self._file is None:
+            return
+        values = {"loss": loss, "rate": rate, "norm": norm}
+        with saving(self.folder / METRICS):
+            self._file.write(json.dumps({"step": step, **values, "seconds": round(seconds, 4)}) + "\n")
+            self._file.flush()
+            if self._events is not None:
+                self._events.scalars(step, values)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, rate {rate:.2g}", refresh=False)
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        """Print a line without spoiling the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+
+    def elapsed(self) -> float:
+        """Seconds since the record was opened."""
+        return time.perf_counter() - self._begun
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for thing in (self._bar, self._file, self._events):
+            if thing is not None:
+                thing.close()
+
+
+def _bar(done: int, steps: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=steps, initial=done, desc="training", unit="step", dynamic_ncols=True, mininterval=0.2)
+
+
+def _continued(path: Path, done: int) -> TextIO:
+    """Open the metrics for appending after the line of step `done`."""
+    lines: list[str] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if int(json.loads(line)["step"]) <= done:
+                    lines.append(line + "\n")
+            except (ValueError, KeyError, TypeError):  # a line cut short when the run was stopped
+                continue
+    file = path.open("w", encoding="utf-8", newline="\n")
+    file.writelines(lines)
+    return file
+
+
+class _Events:
+    """A TensorBoard event file without the host's name."""
+
+    def __init__(self, writer: Any, file: Any) -> None:
+        self._writer, self._file = writer, file
+
+    @classmethod
+    def open(cls, folder: Path, done: int) -> "Self | None":
+        try:
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError:
+            return None
+        with saving(folder):
+            folder.mkdir(exist_ok=True)
+            # Steps after `done` of an earlier try are overtaken by this file's, which sorts later.
+            file = (folder / f"events.out.tfevents.{done:010d}.run").open("wb")
+        events = cls(RecordWriter(file), file)
+        events._write(file_version="brain.Event:2")
+        return events
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        summary_pb2: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
+        summary = summary_pb2.Summary(
+            value=[summary_pb2.Summary.Value(tag=f"train/{name}", simple_value=v) for name, v in values.items()]
+        )
+        self._write(step=step, summary=summary)
+
+    def _write(self, **fields: Any) -> None:
+        event_pb2: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
+        self._writer.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

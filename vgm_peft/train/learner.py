@@ -1,0 +1,108 @@
+"""The delta of a run: fitted to the chosen sites, attached to the base, grouped by learning rate, saved."""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from torch import nn
+
+from vgm_peft.attachment import Attachment
+from vgm_peft.config import build
+from vgm_peft.delta import Delta, Patch
+from vgm_peft.family import Base
+from vgm_peft.formats import write
+from vgm_peft.site import choose
+from vgm_peft.train.config import DeltaConfig, RunConfig
+from vgm_peft.train.task import Group, Setup
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+RESULT = "delta.safetensors"
+
+
+@dataclass
+class Learner:
+    """A fresh delta, live on the base for the length of the run."""
+
+    delta: Delta
+    attachment: Attachment
+    config: RunConfig
+    base: Base
+
+    @classmethod
+    def fit(cls, setup: Setup) -> "Learner":
+        """Choose the sites, make the delta and attach it. Raises `ConfigError` or `DeltaError` before the base is touched."""
+        config, base = setup.config, setup.base
+        chosen, method = config.delta or DeltaConfig(), config.method()
+        options = cast("DataclassInstance", build(method.Options, chosen.options, "delta."))
+        patterns = (*chosen.sites, *(("text",) if chosen.text else ()))
+        sites = choose(base.sites, patterns, base.family.presets, method.ops)
+        delta = Delta.fit(base.family.name, method, sites, options, seed=config.seed).to(setup.device)
+        attachment = Attachment(base.parts, delta)
+        setup.cleanup.callback(attachment.remove)
+        return cls(delta, attachment, config, base)
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether any patch sits on a text encoder."""
+        return any(part != self.base.family.denoiser for part in self.delta.parts)
+
+    def groups(self) -> list[Group]:
+        """The delta's parameters by learning rate: that of the part, times what the method asks for by parameter name."""
+        optimiser = self.config.optimiser
+        text_rate = optimiser.lr if optimiser.text_lr is None else optimiser.text_lr
+        rates: dict[float, dict[str, nn.Parameter]] = {}
+        for site, patch in self.delta.patches.items():
+            rate = optimiser.lr if patch.site.part == self.base.family.denoiser else text_rate
+            for name, parameter in patch.named_parameters():
+                rates.setdefault(rate * _factor(patch, name), {})[f"{site}/{name}"] = parameter
+        return [Group(rate, parameters) for rate, parameters in rates.items()]
+
+    @contextmanager
+    def evaluating(self) -> Generator[None]:
+        """Switch dropout off for a while."""
+        for patch in self.delta:
+            patch.eval()
+        try:
+            yield
+        finally:
+            for patch in self.delta:
+                patch.train()
+
+    def save(self, folder: Path, metadata: Mapping[str, str]) -> Path:
+        """Write the delta and the exports asked for, each read back and compared; return the native file's path."""
+        self.delta.metadata.update(provenance(self.config, self.base), **metadata)
+        return save_delta(self.delta, folder, self.config, self.base)
+
+    def facts(self) -> Mapping[str, object]:
+        """For the manifest."""
+        scales = sorted({float(getattr(p.options, "scale", 1.0)) for p in self.delta})
+        return {"kind": list(self.delta.kinds), "sites": len(self.delta.patches), "effective_scale": scales}
+
+
+def save_delta(delta: Delta, folder: Path, config: RunConfig, base: Base) -> Path:
+    """Write `delta.safetensors` and, into `exports/`, every other format that the configuration names."""
+    path = write(delta, folder / RESULT, base=base)
+    for name in config.exports:
+        if name != "native":
+            write(delta, folder / "exports" / f"{name}.safetensors", format=name, base=base)
+    return path
+
+
+def provenance(config: RunConfig, base: Base) -> dict[str, str]:
+    """What a trained file says of its making: no paths, no times, so that the same run makes the same bytes."""
+    name = Path(base.source).name if Path(base.source).exists() else base.source
+    return {
+        "task": config.task.name,
+        "base": name,
+        "base_digest": base.digest,
+        "steps": str(config.steps),
+        "seed": str(config.seed),
+    }
+
+
+def _factor(patch: Patch, name: str) -> float:
+    return next((factor for suffix, factor in patch.extra_groups().items() if name.endswith(suffix)), 1.0)

@@ -1,0 +1,89 @@
+"""Optimisers, schedules and the moving average.
+
+A schedule here is a pure function of the step, not an object with a state: nothing to save, nothing to restore, and a
+resumed run has the same rate at the same step. The shapes are those of transformers and diffusers, shifted by one step so
+that the first step of a warm-up already learns.
+"""
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vgm_peft.train.config import OptimiserConfig, Schedule
+from vgm_peft.train.task import Group
+
+
+def build_optimiser(groups: Sequence[Group], config: OptimiserConfig) -> torch.optim.Optimizer:
+    """Make the optimiser; each of its groups keeps its peak rate under `peak`."""
+    tables = [
+        {"params": list(g.parameters.values()), "lr": g.rate, "peak": g.rate, "weight_decay": config.weight_decay}
+        for g in groups
+    ]
+    # One fused kernel for all tensors: on a CPU the plain per-tensor loop costs a LoRA step as much as a tenth of its time.
+    return torch.optim.AdamW(tables, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_rates(optimiser: torch.optim.Optimizer, config: OptimiserConfig, step: int, steps: int) -> float:
+    """Give every group its rate for `step` (from 0) of `steps`; return the first group's."""
+    factor = rate_factor(config.schedule, step, steps, config.warmup)
+    for group in optimiser.param_groups:
+        group["lr"] = group["peak"] * factor
+    return float(optimiser.param_groups[0]["lr"])
+
+
+def rate_factor(schedule: Schedule, step: int, steps: int, warmup: int = 0) -> float:
+    """The rate at `step` (from 0) as a share of its peak, in 0 .. 1.
+
+    After the warm-up, with `u` going from 0 to 1 over the rest of the run: linear `1 - u`; cosine `(1 + cos(pi u)) / 2`;
+    polynomial `(1 - u)^2`; inverse_sqrt `sqrt(k / (k + s))`, `s` steps after the warm-up of length `k` (at least 1).
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    past, rest = step - warmup, max(1, steps - warmup)
+    u = min(1.0, past / rest)
+    if schedule == "linear":
+        return 1.0 - u
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * u))
+    if schedule == "polynomial":
+        return (1.0 - u) ** 2
+    if schedule == "inverse_sqrt":
+        scale = max(1, warmup)
+        return math.sqrt(scale / (scale + past))
+    return 1.0
+
+
+class MovingAverage:
+    """Exponential moving average of parameters; the decay grows to `decay` as (1 + n) / (10 + n), so early steps fade fast.
+
+    With decay 0 it holds nothing and costs nothing.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = list(parameters), decay
+        self.shadow: list[Tensor] = [p.detach().clone() for p in self.parameters] if decay else []
+
+    @torch.no_grad()
+    def update(self, steps: int) -> None:
+        """Take in the parameters as they are after `steps` steps (1, 2 ...)."""
+        decay = min(self.decay, (1 + steps) / (10 + steps))
+        for average, parameter in zip(self.shadow, self.parameters, strict=bool(self.shadow)):
+            average.lerp_(parameter, 1.0 - decay)
+
+    @contextmanager
+    def in_place(self) -> Generator[None]:
+        """Put the averages where the parameters are, for drawing or saving; the parameters come back bit for bit."""
+        kept = [p.detach().clone() for p in self.parameters] if self.shadow else []
+        self._put(self.shadow)
+        try:
+            yield
+        finally:
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=bool(values)):
+            parameter.copy_(value)

@@ -1,0 +1,100 @@
+"""Class pictures for prior preservation: drawn by the untouched base, once, and kept in the cache as latents."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from vgm_peft import __version__
+from vgm_peft.data import Order
+from vgm_peft.data.cache import key_of
+from vgm_peft.errors import BaseModelError
+from vgm_peft.stack.sampling import scheduler_for
+from vgm_peft.train.task import Setup, Turn
+
+TOGETHER = 8
+"""Pictures drawn in one call. Part of the key: in another batch the same picture may differ in its last bits."""
+SCHEDULER = "dpmpp"
+
+
+@dataclass(frozen=True)
+class ClassPlan:
+    """Which class pictures: the prompt, how many, how many per micro-batch, and how they are sampled."""
+
+    prompt: str
+    count: int
+    batch: int
+    steps: int
+    guidance: float
+
+
+class ClassPictures:
+    """Latents of class pictures (N, C, H, W), drawn from by turn."""
+
+    def __init__(self, latents: Tensor, plan: ClassPlan, setup: Setup, resolution: int) -> None:
+        self.latents, self.device, self.resolution = latents, setup.device, resolution
+        self.order = Order((0,) * len(latents), plan.batch, setup.config.seed + 1)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @classmethod
+    def drawn(cls, setup: Setup, plan: ClassPlan) -> "ClassPictures":
+        """Draw the pictures, or find them in the cache. Their chance is their own, so every run of a base shares them."""
+        resolution = setup.config.data.resolution or setup.base.resolution
+        sets: list[Tensor] = []
+        for number in range(-(-plan.count // TOGETHER)):
+            key = _key(setup, plan, resolution, number)
+            found = setup.cache.get(key, lambda entry: "latents" in entry) if key else None
+            if found is None:
+                found = {"latents": _draw(setup, plan, resolution, number)}
+                if key:
+                    setup.cache.put(key, found)
+            sets.append(found["latents"])
+        return cls(torch.cat(sets)[: plan.count], plan, setup, resolution)
+
+    def draw(self, turn: Turn) -> Tensor:
+        """Return the latents of a turn, on the device."""
+        return self.latents[self.order.batch(turn.number)].to(self.device)
+
+    def sizes(self, count: int) -> Tensor:
+        """What families like SDXL are told of `count` of them, (count, 6): whole squares."""
+        side = self.resolution
+        return torch.tensor([[side, side, 0, 0, side, side]] * count, device=self.device)
+
+
+def _key(setup: Setup, plan: ClassPlan, resolution: int, number: int) -> str:
+    base = setup.base
+    if not base.digest:
+        return ""
+    sampler = f"{SCHEDULER} {dict(base.pipe.scheduler.config)}"
+    drawn = (plan.prompt, plan.steps, str(plan.guidance), resolution, number, TOGETHER)
+    kind = f"{setup.config.compute.precision} {setup.device.type} {torch.__version__} {__version__}"
+    return key_of("class", base.digest, sampler, *drawn, kind)
+
+
+@torch.no_grad()
+def _draw(setup: Setup, plan: ClassPlan, resolution: int, number: int) -> Tensor:
+    """Sample one set, (TOGETHER, C, H, W) float32 on the CPU."""
+    pipe = cast(Any, setup.base.pipe)
+    seed = int.from_bytes(hashlib.blake2b(f"class/{number}".encode(), digest_size=7).digest(), "big")
+    before = pipe.scheduler
+    pipe.scheduler = scheduler_for(setup.base, SCHEDULER)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        latents: Tensor = pipe(
+            prompt=[plan.prompt] * TOGETHER,
+            num_inference_steps=plan.steps,
+            guidance_scale=plan.guidance,
+            width=resolution,
+            height=resolution,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+        ).images
+    finally:
+        pipe.scheduler = before
+    if not bool(torch.isfinite(latents).all()):
+        raise BaseModelError("the base draws class pictures that are not finite", fix="compute in bf16 or float32")
+    return latents.float().cpu()

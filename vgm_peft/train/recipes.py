@@ -1,0 +1,147 @@
+"""Where a configuration comes from: defaults < recipe < flags.
+
+A recipe is a TOML file with any part of a `RunConfig`; `extends = "other.toml"` lays it over another. Paths in it are
+relative to the folder it lies in. When the user names none, the shipped one for the task, the delta and the base is
+taken: `<task>-<delta>-<base>.toml`, or without a delta `<task>-<base>.toml`, where base is its name or its family's.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vgm_peft.config import Table, merge, read_toml, to_toml
+from vgm_peft.errors import ConfigError, nearest
+from vgm_peft.train.config import DeltaConfig, RunConfig, bind, table
+
+if TYPE_CHECKING:
+    from vgm_peft.family import Base
+
+SHIPPED = "training"
+
+
+def shipped_folder() -> Path | None:
+    """The folder of the recipes that come with the package: beside it in a checkout, under `share` once installed."""
+    places = (Path(__file__).parents[2] / SHIPPED, Path(sys.prefix) / "share" / "vgm_peft" / SHIPPED)
+    return next((place for place in places if place.is_dir()), None)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A complete configuration, where it came from, and the base if it had to be loaded to find out."""
+
+    config: RunConfig
+    recipe: Path | None
+    base: "Base | None" = None
+    notices: tuple[str, ...] = ()
+
+
+def resolve(flags: Table, recipe: Path | None = None) -> Resolved:
+    """Lay the flags over a recipe, the user's or the one shipped for this task, delta and base.
+
+    Raises `ConfigError` for a mistake in the flags before anything is loaded.
+    """
+    if recipe is not None:
+        layer = read_recipe(recipe)
+        return Resolved(bind(merge(layer, flags)), recipe)
+    if not isinstance(task := flags.get("task"), dict) or "name" not in task:
+        raise ConfigError("no task is named", expected="vgm-train TASK, --recipe or --resume", fix=nearest("", _tasks()))
+    asked = bind(flags)
+    if not asked.data.images:
+        raise ConfigError("no pictures are named", expected="--images DIR")
+    base = None
+    found = shipped_recipe(asked.task.name, asked.delta, [asked.base])
+    if found is None:
+        from vgm_peft.families import load
+
+        base = load(asked.base)
+        found = shipped_recipe(asked.task.name, asked.delta, [asked.base, base.family.name])
+    if found is None:
+        return Resolved(asked, None, base, ("no recipe is shipped for this: the settings are the plain defaults",))
+    path, exact = found
+    layer, notices = read_recipe(path), ()
+    if not exact and asked.delta is not None:
+        layer = {k: v for k, v in layer.items() if k != "delta"}
+        notices = (
+            f"no recipe is shipped for {asked.delta.kind} here: all but [delta] is from that of another kind",
+        )
+    return Resolved(bind(merge(layer, flags)), path, base, notices)
+
+
+def _tasks() -> list[str]:
+    from vgm_peft.train.tasks import TABLE
+
+    return list(TABLE)
+
+
+def read_recipe(path: Path, _seen: tuple[Path, ...] = ()) -> Table:
+    """Read a recipe and those it extends as one table, its paths made relative to here. Raises `ConfigError`."""
+    path = _found(path)
+    if path.resolve() in _seen:
+        raise ConfigError(f"{path}: extends itself, by way of {' and '.join(p.name for p in _seen)}")
+    layer = read_toml(path)
+    below = layer.pop("extends", None)
+    try:
+        bind(layer)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    layer = _moved(layer, lambda name: os.path.normpath(path.parent / name), lambda name: (path.parent / name).exists())
+    if below is None:
+        return layer
+    if not isinstance(below, str):
+        raise ConfigError(f"{path}: extends = {below!r}", expected="the file name of another recipe")
+    return merge(read_recipe(path.parent / below, (*_seen, path.resolve())), layer)
+
+
+def shipped_recipe(task: str, delta: DeltaConfig | None, bases: Sequence[str]) -> tuple[Path, bool] | None:
+    """The shipped recipe that fits best, and whether it is for this kind of delta; `None` when there is none.
+
+    `bases` are names of the base, the most particular first.
+    """
+    folder = shipped_folder()
+    if folder is None:
+        return None
+    kinds = [f"-{delta.kind}", f"-{DeltaConfig().kind}"] if delta else [""]
+    for kind in kinds:
+        for base in bases:
+            path = folder / f"{task}{kind}-{base}.toml"
+            if "/" not in base and path.is_file():
+                return path, kind == kinds[0]
+    return None
+
+
+def portable(config: RunConfig, folder: Path) -> str:
+    """The resolved configuration as the text of a recipe in `folder`, which repeats the run from wherever it is read."""
+    whole = table(config)
+    del whole["output"]
+    return to_toml(_moved(whole, lambda name: _relative(name, folder), lambda name: Path(name).exists()))
+
+
+def _moved(layer: Table, move: Callable[[str], str], is_path: Callable[[str], bool]) -> Table:
+    """Return a table with its paths moved: the pictures' folder, and the base where that is a path and no name."""
+    out = dict(layer)
+    data, base = out.get("data"), out.get("base")
+    if isinstance(data, dict) and isinstance(images := data.get("images"), str) and images:
+        out["data"] = {**data, "images": move(images)}
+    if isinstance(base, str) and base != "toybox" and is_path(base):
+        out["base"] = move(base)
+    return out
+
+
+def _relative(name: str, folder: Path) -> str:
+    try:
+        return Path(os.path.relpath(name, folder)).as_posix()
+    except ValueError:  # another drive of Windows
+        return str(Path(name).resolve())
+
+
+def _found(path: Path) -> Path:
+    """The file itself, or the shipped recipe of that name."""
+    folder = shipped_folder()
+    if not path.exists() and folder is not None:
+        for name in (path.name, f"{path.name}.toml"):
+            if (folder / name).is_file():
+                return folder / name
+    return path

@@ -1,0 +1,160 @@
+"""One run from its configuration to its folder: set up, train, check, save."""
+
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from vgm_peft.data import Cache
+from vgm_peft.errors import ConfigError
+from vgm_peft.family import Base
+from vgm_peft.train import loop
+from vgm_peft.train.checkpoint import restore
+from vgm_peft.train.config import RunConfig, table
+from vgm_peft.train.durable import write_text
+from vgm_peft.train.folder import RECIPE, choose_folder, claimed
+from vgm_peft.train.learned import demand_learned, fingerprints
+from vgm_peft.train.manifest import describe, digest_of_file, write_manifest
+from vgm_peft.train.recipes import portable
+from vgm_peft.train.task import Setup, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+HARMLESS = ("output", "exports", "preview", "checkpoint", "base", "data.images")
+"""Settings that may differ when a run is resumed; base and pictures are compared by content instead."""
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind."""
+
+    folder: Path
+    delta: Path | None
+    """The file (or, for a side network, the folder) that was trained; `None` when the run was interrupted."""
+    steps: int
+    """Steps done, those before a resume included."""
+    finished: bool
+    samples: tuple[Path, ...] = ()
+    """Previews drawn."""
+    notices: tuple[str, ...] = ()
+    """What the user should know."""
+    prompts: tuple[str, ...] = ()
+    """Prompts to try the result with."""
+    main: bool = True
+    """False in all but one of several processes."""
+
+
+def train(config: RunConfig, *, resume: Path | None = None, base: Base | None = None) -> RunResult:
+    """Train, and return where everything is.
+
+    `resume` is the folder of an interrupted run of the same configuration; the result is then that of a run that was never
+    interrupted, byte for byte. `base` saves loading the one that the configuration names; it comes back as it was, on the
+    run's device and in its precision. Raises `VgmError` for what the user can mend.
+    """
+    accelerator = _accelerator(config)
+    folder = _agree(accelerator, resume or choose_folder(config))
+    with ExitStack() as cleanup:
+        cleanup.enter_context(torch.random.fork_rng())
+        if accelerator.is_main_process:
+            cleanup.enter_context(claimed(folder, resume is not None))
+        setup = Setup(config, _ready(config, base, accelerator), Cache(), accelerator, cleanup)
+        with _main_first(accelerator):
+            task = config.task_class().prepare(setup)
+        desk = loop.set_up(task, setup, folder)
+        state = desk.state
+        before = fingerprints(state.parameters)
+        state.origin = _origin(config, setup.base, task)
+        facts = {**describe(config, setup.base, state.parameters, accelerator), **task.facts(), "notices": setup.notices}
+        if resume is not None:
+            restore(folder / "checkpoints", state, setup.notice)
+        if accelerator.is_main_process:
+            write_text(folder / RECIPE, portable(config, folder))
+            write_manifest(folder, facts)
+        finished = loop.run(desk)
+        delta = None
+        if finished:
+            demand_learned(state, before)
+            delta = _save(task, desk, facts)
+        accelerator.wait_for_everyone()
+        drawn, notices, prompts = tuple(desk.previews.drawn), tuple(setup.notices), tuple(desk.previews.prompts())
+        return RunResult(folder, delta, state.step, finished, drawn, notices, prompts, accelerator.is_main_process)
+
+
+def _accelerator(config: RunConfig) -> "Accelerator":
+    """Make the accelerator; one process on a CPU is its smallest case."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    # Accelerate keeps the first run's precision for the life of the process; a second run may want another.
+    cast(Any, AcceleratorState)._reset_state()
+    cast(Any, GradientState)._reset_state()
+    precision = config.compute.precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError('compute.precision = "fp16" needs a GPU', expected='"no" or "bf16" on this machine')
+    return Accelerator(mixed_precision=precision, gradient_accumulation_steps=config.accumulation)
+
+
+def _ready(config: RunConfig, base: Base | None, accelerator: "Accelerator") -> Base:
+    """Load the base, frozen, on the device and in the precision of the run; the VAE stays in float32."""
+    from vgm_peft.families import load
+
+    base = base or load(config.base)
+    base.freeze()
+    dtype = DTYPES[config.compute.precision]
+    for name, module in base.pipe.components.items():
+        if isinstance(module, nn.Module):
+            module.to(accelerator.device)
+            if dtype != torch.float32 and name in base.family.parts:
+                module.to(dtype)
+    if config.compute.gradient_checkpointing:
+        cast(Any, base.denoiser).enable_gradient_checkpointing()
+    return base
+
+
+def _agree(accelerator: "Accelerator", folder: Path) -> Path:
+    """The main process's choice of folder, for all."""
+    if accelerator.num_processes == 1:
+        return folder
+    from accelerate.utils import broadcast_object_list
+
+    return Path(broadcast_object_list([str(folder)])[0])
+
+
+@contextmanager
+def _main_first(accelerator: "Accelerator") -> Generator[None]:
+    """Let the main process fill the cache before the others read it."""
+    with accelerator.main_process_first():
+        yield
+
+
+def _origin(config: RunConfig, base: Base, task: Task[Any]) -> dict[str, object]:
+    """What a checkpoint must agree with: every setting that changes the result, by dotted name, and what was read."""
+    flat: dict[str, object] = {}
+    for key, value in table(config).items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": v for inner, v in value.items()})
+        else:
+            flat[key] = value
+    if config.optimiser.schedule in ("constant", "inverse_sqrt"):  # these do not look at the end of the run
+        del flat["steps"]
+    flat = {k: v for k, v in flat.items() if k not in HARMLESS and k.split(".")[0] not in HARMLESS}
+    return {**flat, "the base (SHA-256)": base.digest, "the data": task.facts()["data"]}
+
+
+def _save(task: Task[Any], desk: loop.Desk, facts: Mapping[str, object]) -> Path | None:
+    """Save what was trained, or its moving average, and complete the manifest."""
+    if not desk.accelerator.is_main_process:
+        return None
+    with desk.state.average.in_place():
+        path = task.save(desk.folder)
+    made = path.rglob("*") if path.is_dir() else [path, *(desk.folder / "exports").glob("*")]
+    files = sorted(p for p in made if p.is_file())
+    digests = {p.relative_to(desk.folder).as_posix(): digest_of_file(p) for p in files}
+    write_manifest(desk.folder, {**facts, "result": digests})
+    return path

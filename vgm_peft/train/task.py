@@ -1,0 +1,177 @@
+"""The `Task` noun: what a run optimises; and the `Turn`, the one source of all chance in a run.
+
+The loop asks a task for four things: its parameters, the batch of a turn, the loss of that batch, and, at the end, to
+save what it made. A new task is one file under `tasks/` and one line in its table.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vgm_peft.config import build
+from vgm_peft.errors import ConfigError
+from vgm_peft.site import choose
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DiffusionPipeline
+
+    from vgm_peft.data import Cache, Report
+    from vgm_peft.family import Base
+    from vgm_peft.train.config import RunConfig
+
+Batch = TypeVar("Batch")
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One micro-batch of one process, numbered over the whole run: (step * accumulation + micro) * processes + rank.
+
+    Whatever is random in it is a function of `seed` and `number` alone, so there is no state of chance to save: a resumed
+    run draws what the uninterrupted one would have drawn.
+    """
+
+    seed: int
+    number: int
+
+    def value(self, purpose: str = "") -> int:
+        """A number in 0 .. 2^63-1 for one purpose; different purposes are independent."""
+        text = f"{self.seed}/{self.number}/{purpose}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+    def generator(self, purpose: str = "") -> torch.Generator:
+        """A fresh CPU generator for one purpose."""
+        return torch.Generator().manual_seed(self.value(purpose))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate, by name `unit/parameter`; a unit is what must have moved when the run ends."""
+
+    rate: float
+    parameters: Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a task is made from."""
+
+    config: "RunConfig"
+    base: "Base"
+    cache: "Cache"
+    accelerator: "Accelerator"
+    cleanup: ExitStack
+    """What must be undone when the run is over, however it ends."""
+    notices: list[str] = field(default_factory=list[str])
+    """What the user should know; printed before the first step and kept in the manifest."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arithmetic is done."""
+        return self.accelerator.device
+
+    @property
+    def images(self) -> Path:
+        """The folder of pictures. Raises `ConfigError` when none is named."""
+        if not self.config.data.images:
+            raise ConfigError("no pictures are named", expected="--images DIR (data.images)")
+        return Path(self.config.data.images)
+
+    def notice(self, text: str) -> None:
+        """Note something that the user should know."""
+        self.notices.append(text)
+
+    def report(self, report: "Report") -> None:
+        """Take in what the folder of pictures holds: its notes are for the user."""
+        self.notices.extend(report.notes)
+        self.notices.extend(f"{name} plays no part: {reason}" for name, reason in report.ignored)
+
+    def trains_text(self) -> bool:
+        """Whether the chosen sites reach a text encoder, so that prompts must be encoded at every step."""
+        delta, family = self.config.delta, self.base.family
+        if delta is None:
+            return False
+        patterns = (*delta.sites, *(("text",) if delta.text else ()))
+        sites = choose(self.base.sites, patterns, family.presets, self.config.method().ops)
+        return any(site.part != family.denoiser for site in sites)
+
+    def options(self, kind: type[Options]) -> Options:
+        """The task's own options, bound to its dataclass."""
+        return build(kind, self.config.task.options, "task.")
+
+    def rest(self, live_text: bool) -> None:
+        """Move what a step does not need (the VAE; the text encoders unless `live_text`) off an accelerator's memory."""
+        if self.device.type != "cpu":
+            for name, module in self.base.pipe.components.items():
+                if isinstance(module, nn.Module) and (name == "vae" or name.startswith("text_encoder") and not live_text):
+                    module.to("cpu")
+
+    @contextmanager
+    def awake(self) -> Generator[None]:
+        """Have every part of the base on the device for a while."""
+        modules = [m for m in self.base.pipe.components.values() if isinstance(m, nn.Module)]
+        places = [(m, next(m.parameters()).device) for m in modules]
+        for module in modules:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module, place in places:
+                module.to(place)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a task suggests to draw: a pipeline that has what is being trained in it, and its calls."""
+
+    pipe: "DiffusionPipeline"
+    prompts: Sequence[str]
+    extra: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
+    """Further arguments of the pipeline's call, one value for each picture in turn (`image` for a ControlNet)."""
+
+
+class Task(ABC, Generic[Batch]):
+    """What a run optimises. Made by `prepare`, which does all that is done once (reading pictures, caching latents)."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type]
+    """A frozen dataclass: what stands in `[task]` besides `name`."""
+    trains_delta: ClassVar[bool] = True
+    """Whether `[delta]` says anything to it."""
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, setup: Setup) -> Self:
+        """Read and check the data, attach what is to be trained to the base, cache what never changes."""
+
+    @abstractmethod
+    def groups(self) -> Sequence[Group]:
+        """Everything that is trained; all float32, names unique, in an order that is always the same."""
+
+    @abstractmethod
+    def batch(self, turn: Turn) -> Batch:
+        """The examples of a turn, on the device."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, turn: Turn) -> Tensor:
+        """The mean loss of a batch: a float32 scalar whose gradient reaches every parameter."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> Path:
+        """Write what was trained into the run's folder, and return the path of the file or folder to hand on."""
+
+    @abstractmethod
+    def preview(self) -> AbstractContextManager[Preview]:
+        """Say what to draw while training; within the context what is trained is in evaluation mode."""
+
+    @abstractmethod
+    def facts(self) -> Mapping[str, object]:
+        """What the manifest should hold besides what every run's does: data digests, effective scale, notices."""

@@ -1,0 +1,143 @@
+"""A network beside the base that learns to follow a control picture, from pairs of them (Zhang et al., arXiv 2302.05543)."""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vgm_peft.data import load_control, scan
+from vgm_peft.errors import DataError
+from vgm_peft.family import Base, Query, Residuals
+from vgm_peft.side import Side
+from vgm_peft.sides import side_named
+from vgm_peft.stack.controls import Control, carrying
+from vgm_peft.train.config import RunConfig
+from vgm_peft.train.manifest import digest_of_examples
+from vgm_peft.train.objective import Objective
+from vgm_peft.train.pictures import Pictures, Prompts, Shown
+from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
+
+KEPT_BYTES = 2**30
+"""Control pictures kept in memory, 8 bits a value; what does not fit is read from its file at every turn."""
+PREVIEWS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetOptions:
+    """`[task]` of a run that trains a side network."""
+
+    network: str = "controlnet"
+    """A line of the sides table."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Pictures and what steers them, (B, 3, P, Q) in 0 .. 1."""
+
+    shown: Shown
+    control: Tensor
+
+
+@dataclass
+class ControlNet(Task[Pair]):
+    """A side network on paired pictures."""
+
+    name: ClassVar[str] = "controlnet"
+    Options: ClassVar[type] = ControlNetOptions
+    trains_delta: ClassVar[bool] = False
+
+    config: RunConfig
+    base: Base
+    side: Side
+    network: nn.Module
+    pictures: Pictures
+    prompts: Prompts
+    objective: Objective
+    kept: dict[tuple[int, bool], Tensor] = field(default_factory=dict[tuple[int, bool], Tensor])
+
+    @classmethod
+    def prepare(cls, setup: Setup) -> Self:
+        """Read the pairs, cache latents and prompts, and make the network."""
+        side = side_named(setup.options(ControlNetOptions).network)
+        report = scan(setup.images)
+        setup.report(report)
+        alone = [e.path.name for e in report.examples if e.control is None]
+        if alone:
+            raise DataError(
+                f"{len(alone)} of {len(report.examples)} pictures have no control picture (first: {alone[0]})",
+                fix='put one of the same name into a subfolder control/, or name it in metadata.jsonl as "control"',
+            )
+        pictures = Pictures(report.examples, setup)
+        prompts = Prompts(pictures.captions(), setup)
+        network = side.create(setup.base, setup.config.seed)
+        if setup.config.compute.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
+            network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+        setup.rest(False)
+        return cls(setup.config, setup.base, side, network, pictures, prompts, Objective.of(setup.base, setup.config.loss))
+
+    def groups(self) -> list[Group]:
+        """The network's parameters; its first-level modules are what must move."""
+        named: dict[str, nn.Parameter] = {}
+        for name, parameter in self.network.named_parameters():
+            head, _, rest = name.partition(".")
+            named[f"{self.side.name}.{head}/{rest}"] = parameter
+        return [Group(self.config.optimiser.lr, named)]
+
+    def batch(self, turn: Turn) -> Pair:
+        """Pictures and their control pictures, cut and mirrored alike."""
+        shown = self.pictures.draw(turn)
+        controls = [self._control(i, flip) for i, flip in zip(shown.indices, shown.flipped, strict=True)]
+        return Pair(shown, torch.stack(controls).to(self.pictures.device).float().div_(255.0))
+
+    def loss(self, batch: Pair, turn: Turn) -> Tensor:
+        """The mean over the pictures, of the base with what the network adds."""
+
+        def side(query: Query) -> Residuals:
+            return self.side.residuals(self.base, self.network, query, batch.control)
+
+        shown = batch.shown
+        return self.objective.losses(shown.x0, self.prompts(shown.captions), shown.sizes, turn, side).mean()
+
+    def save(self, folder: Path) -> Path:
+        """Write the network's diffusers folder."""
+        path = folder / self.side.name
+        self.side.save(self.network, path)
+        return path
+
+    @contextmanager
+    def preview(self) -> Generator[Preview]:
+        """The first captions and control pictures of the data."""
+        self.network.eval()
+        try:
+            examples = self.pictures.examples[:PREVIEWS]
+            controls = [self._picture(i) for i in range(len(examples))]
+            pipe, arguments = carrying(self.base, [Control(self.network, controls[0], 1.0)])
+            extra: dict[str, list[Any]] = {name: [value] for name, value in arguments.items()}
+            extra["image"] = [[control] for control in controls]
+            yield Preview(pipe, [e.caption for e in examples], extra)
+        finally:
+            self.network.train()
+
+    def facts(self) -> Mapping[str, object]:
+        """For the manifest."""
+        examples = self.pictures.examples
+        return {"data": {"pictures": len(examples), "sha256": digest_of_examples(examples)}, "network": self.side.name}
+
+    def _control(self, index: int, flip: bool) -> Tensor:
+        """One control picture, (3, P, Q) uint8."""
+        kept = self.kept.get((index, flip))
+        if kept is None:
+            floats = load_control(self.pictures.examples[index], self.pictures.crops[index], flip)
+            kept = (floats * 255.0).round().to(torch.uint8)
+            if (len(self.kept) + 1) * kept.numel() <= KEPT_BYTES:
+                self.kept[index, flip] = kept
+        return kept
+
+    def _picture(self, index: int) -> Image.Image:
+        return Image.fromarray(np.ascontiguousarray(self._control(index, False).permute(1, 2, 0).numpy()))

@@ -1,0 +1,182 @@
+"""DreamBooth: a particular subject from a few pictures, bound to a rare word, without spoiling its class.
+
+Ruiz et al. 2022, arXiv 2208.12242, eq. 2: the loss on the subject's pictures under "a [token] class", plus lambda times
+the loss on pictures of the class that the untouched base drew under "a class". Here those class pictures are kept as the
+latents they were sampled as; they never go through the VAE, and the cache has them for the next run.
+"""
+
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from vgm_peft.data import Example, scan
+from vgm_peft.errors import DataError
+from vgm_peft.family import Condition
+from vgm_peft.train.config import within
+from vgm_peft.train.learner import Learner
+from vgm_peft.train.manifest import digest_of_examples
+from vgm_peft.train.objective import Objective
+from vgm_peft.train.pictures import Pictures, Prompts, Shown
+from vgm_peft.train.prior import ClassPictures, ClassPlan
+from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothOptions:
+    """`[task]` of a DreamBooth run."""
+
+    token: str = "sks"
+    """The rare word that comes to mean the subject."""
+    class_prompt: str = ""
+    """What kind of thing it is: `a robot`. The subject is then `a sks robot`; left out, there are no class pictures."""
+    prompt: str = ""
+    """The text of pictures that have no caption of their own; left out: the class prompt with the token in it."""
+    prior_weight: float = 1.0
+    """Lambda: what the class pictures weigh against the subject's; 0 is none of them (it saves half of each step)."""
+    class_images: int = 100
+    """How many class pictures the base draws."""
+    class_batch: int = 0
+    """Class pictures per micro-batch; 0 is as many as `data.batch`."""
+    class_steps: int = 25
+    class_guidance: float = 5.0
+
+    def __post_init__(self) -> None:
+        within("task.prior_weight", self.prior_weight, 0.0, 1000.0)
+        within("task.class_images", self.class_images, 0, 100_000)
+        within("task.class_batch", self.class_batch, 0, 4096)
+        within("task.class_steps", self.class_steps, 1, 1000)
+        within("task.class_guidance", self.class_guidance, 0.0, 100.0)
+
+    @property
+    def instance_prompt(self) -> str:
+        """The text for the subject."""
+        return self.prompt or with_token(self.class_prompt, self.token)
+
+    def plan(self, batch: int) -> ClassPlan:
+        """How the class is drawn, for batches of `batch` pictures of the subject."""
+        return ClassPlan(self.class_prompt, self.class_images, self.class_batch or batch, self.class_steps, self.class_guidance)
+
+    @property
+    def keeps_class(self) -> bool:
+        """Whether there are class pictures."""
+        return bool(self.class_prompt and self.prior_weight and self.class_images)
+
+
+@dataclass(frozen=True)
+class Both:
+    """A batch: the subject's pictures, and latents of its class (B', C, H, W) where there are any."""
+
+    subject: Shown
+    kind: Tensor | None
+
+
+@dataclass
+class DreamBooth(Task[Both]):
+    """A delta that knows one subject by a word."""
+
+    name: ClassVar[str] = "dreambooth"
+    Options: ClassVar[type] = DreamBoothOptions
+
+    options: DreamBoothOptions
+    learner: Learner
+    pictures: Pictures
+    kind: ClassPictures | None
+    prompts: Prompts
+    objective: Objective
+
+    @classmethod
+    def prepare(cls, setup: Setup) -> Self:
+        """Read the subject's pictures, have the base draw its class, cache latents and prompts, attach the delta."""
+        options = setup.options(DreamBoothOptions)
+        report = scan(setup.images, caption=options.instance_prompt)
+        setup.report(report)
+        pictures = Pictures(tuple(_named(example, options) for example in report.examples), setup)
+        kind = ClassPictures.drawn(setup, options.plan(setup.config.data.batch)) if options.keeps_class else None
+        if not options.class_prompt and options.prior_weight:
+            setup.notice("no --class-prompt: nothing keeps the base from taking everything of that kind for this subject")
+        prompts = Prompts([*pictures.captions(), *([options.class_prompt] if kind else [])], setup)
+        learner = Learner.fit(setup)
+        setup.rest(prompts.live)
+        return cls(options, learner, pictures, kind, prompts, Objective.of(setup.base, setup.config.loss))
+
+    def groups(self) -> list[Group]:
+        """The delta's parameters."""
+        return self.learner.groups()
+
+    def batch(self, turn: Turn) -> Both:
+        """Pictures of the subject and latents of its class."""
+        return Both(self.pictures.draw(turn), None if self.kind is None else self.kind.draw(turn))
+
+    def loss(self, batch: Both, turn: Turn) -> Tensor:
+        """Eq. 2: each part is averaged over its own pictures; parts of one size go through the network together."""
+        subject, kind = batch.subject, batch.kind
+        if kind is None or self.kind is None:
+            return self.objective.losses(subject.x0, self.prompts(subject.captions), subject.sizes, turn).mean()
+        prior = self.prompts([self.options.class_prompt] * len(kind))
+        if kind.shape[1:] != subject.x0.shape[1:]:
+            ours = self.objective.losses(subject.x0, self.prompts(subject.captions), subject.sizes, turn)
+            theirs = self.objective.losses(kind, prior, self.kind.sizes(len(kind)), turn, purpose="class noise")
+        else:
+            x0, sizes = torch.cat([subject.x0, kind]), torch.cat([subject.sizes, self.kind.sizes(len(kind))])
+            both = self.objective.losses(x0, Condition.cat([self.prompts(subject.captions), prior]), sizes, turn)
+            ours, theirs = both[: len(subject)], both[len(subject) :]
+        return ours.mean() + self.options.prior_weight * theirs.mean()
+
+    def save(self, folder: Path) -> Path:
+        """Write the delta and its exports."""
+        words = {"token": self.options.token, "prompt": self.options.instance_prompt, "class_prompt": self.options.class_prompt}
+        return self.learner.save(folder, words)
+
+    @contextmanager
+    def preview(self) -> Generator[Preview]:
+        """The subject and, to see that it stays as it was, its class."""
+        prompts = [self.options.instance_prompt, *([self.options.class_prompt] if self.options.class_prompt else [])]
+        with self.learner.evaluating():
+            yield Preview(self.learner.base.pipe, prompts)
+
+    def facts(self) -> Mapping[str, object]:
+        """For the manifest."""
+        examples = self.pictures.examples
+        return {
+            "data": {"pictures": len(examples), "sha256": digest_of_examples(examples)},
+            "class_pictures": 0 if self.kind is None else len(self.kind),
+            "delta": self.learner.facts(),
+        }
+
+
+def with_token(text: str, token: str, noun: str = "") -> str:
+    """Put the token before the noun: `a red robot` becomes `a sks red robot`.
+
+    The noun is what follows the last article, or `noun` where that is given and found; without either, the token leads.
+    """
+    if noun:
+        return re.sub(rf"\b{re.escape(noun)}\b", lambda found: f"{token} {found[0]}", text, count=1, flags=re.IGNORECASE)
+    articles = list(re.finditer(r"\b(?:a|an|the)\s+", text, re.IGNORECASE))
+    place = articles[-1].end() if articles else 0
+    return f"{text[:place]}{token} {text[place:]}".strip()
+
+
+def noun_of(class_prompt: str) -> str:
+    """What the class prompt is about: what follows its last article."""
+    return re.split(r"\b(?:a|an|the)\s+", class_prompt, flags=re.IGNORECASE)[-1].strip()
+
+
+def _named(example: Example, options: DreamBoothOptions) -> Example:
+    """Make sure that the caption names the subject: a picture's own caption gets the token before the class's noun."""
+    if re.search(rf"(?<!\w){re.escape(options.token)}(?!\w)", example.caption):
+        return example
+    noun = noun_of(options.class_prompt)
+    caption = with_token(example.caption, options.token, noun) if noun else example.caption
+    if caption == example.caption:
+        raise DataError(
+            f'the caption of {example.path.name}, "{example.caption}"',
+            expected=f'"{options.token}" or "{noun or "the class"}" in it',
+            fix=f'write "{options.token}" before the word for the subject, or delete the caption file',
+        )
+    return replace(example, caption=caption)

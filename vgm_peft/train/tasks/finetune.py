@@ -1,0 +1,76 @@
+"""Fine-tuning on captioned pictures: teach a style, a world, many things at once; each picture says what is on it."""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from vgm_peft.data import scan
+from vgm_peft.train.learner import Learner
+from vgm_peft.train.manifest import digest_of_examples
+from vgm_peft.train.objective import Objective
+from vgm_peft.train.pictures import Pictures, Prompts, Shown
+from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
+
+PREVIEWS = 4
+"""Captions of the data that are drawn when no prompts are given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneOptions:
+    """None of its own: captions come with the pictures, dropout is `data.caption_dropout`."""
+
+
+@dataclass
+class FineTune(Task[Shown]):
+    """A delta that lowers the denoising loss on captioned pictures."""
+
+    name: ClassVar[str] = "finetune"
+    Options: ClassVar[type] = FineTuneOptions
+
+    learner: Learner
+    pictures: Pictures
+    prompts: Prompts
+    objective: Objective
+
+    @classmethod
+    def prepare(cls, setup: Setup) -> Self:
+        """Read the pictures; every one must have a caption."""
+        report = scan(setup.images, require_captions=True)
+        setup.report(report)
+        pictures = Pictures(report.examples, setup)
+        prompts = Prompts(pictures.captions(), setup)
+        learner = Learner.fit(setup)
+        setup.rest(prompts.live)
+        return cls(learner, pictures, prompts, Objective.of(setup.base, setup.config.loss))
+
+    def groups(self) -> list[Group]:
+        """The delta's parameters."""
+        return self.learner.groups()
+
+    def batch(self, turn: Turn) -> Shown:
+        """Pictures and their captions."""
+        return self.pictures.draw(turn)
+
+    def loss(self, batch: Shown, turn: Turn) -> Tensor:
+        """The mean over the pictures."""
+        return self.objective.losses(batch.x0, self.prompts(batch.captions), batch.sizes, turn).mean()
+
+    def save(self, folder: Path) -> Path:
+        """Write the delta and its exports."""
+        return self.learner.save(folder, {})
+
+    @contextmanager
+    def preview(self) -> Generator[Preview]:
+        """The first captions of the data."""
+        captions = list(dict.fromkeys(e.caption for e in self.pictures.examples))[:PREVIEWS]
+        with self.learner.evaluating():
+            yield Preview(self.learner.base.pipe, captions)
+
+    def facts(self) -> Mapping[str, object]:
+        """For the manifest."""
+        examples = self.pictures.examples
+        return {"data": {"pictures": len(examples), "sha256": digest_of_examples(examples)}, "delta": self.learner.facts()}
