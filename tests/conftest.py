@@ -8,6 +8,12 @@ from typing import TYPE_CHECKING
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", GRADIO_ANALYTICS_ENABLED="False", TOKENIZERS_PARALLELISM="false")
 
 import pytest
+from hypothesis import settings
+
+# Examples take as long as they take (the machine may be busy); CI draws the same ones every time, a desk new ones.
+settings.register_profile("desk", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "desk")
 
 if TYPE_CHECKING:
     from vgm_peft.family import Base

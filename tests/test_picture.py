@@ -73,8 +73,11 @@ def test_parameters_are_spelled_as_other_programs_expect(tmp_path: Path) -> None
 def test_only_plain_names_leave_this_machine() -> None:
     stack = Stack(
         base="/home/me/models/sd15", prompt="x",
-        deltas=(DeltaUse(file="/home/me/a/toy.safetensors", digest="1" * 64), DeltaUse(file="C:\\b\\toy.safetensors", digest="2" * 64),
-                DeltaUse(file="../runs/robot/delta.safetensors")),
+        deltas=(
+            DeltaUse(file="/home/me/a/toy.safetensors", digest="1" * 64),
+            DeltaUse(file="C:\\b\\toy.safetensors", digest="2" * 64),
+            DeltaUse(file="../runs/robot/delta.safetensors"),
+        ),
         controls=(ControlUse(folder="/nets/edges", image="/home/me/a.png"),),
     )  # fmt: skip
     plain = portable(stack)

@@ -198,7 +198,13 @@ def test_attach_refuses_what_does_not_fit(base: Base, tmp_path: Path) -> None:
 def test_a_pipeline_of_no_known_family_is_named() -> None:
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-    unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
     with pytest.raises(BaseModelError, match="DDPMPipeline"):
         attach(DDPMPipeline(unet, DDPMScheduler()), Delta("sd15"))
 
@@ -391,7 +397,8 @@ def test_a_native_file_is_the_delta_it_was_written_from(base: Base, tmp_path: Pa
 def test_a_stack_goes_through_toml_unchanged(tmp_path: Path) -> None:
     stack = Stack(
         base="toybox", prompt='a "red" robot\non grass', negative="blurry", steps=7, guidance=1.5, seed=3, count=2, width=64,
-        height=128, scheduler="euler_a", deltas=(DeltaUse(file="a.safetensors", strength=-0.5, digest="a" * 64), DeltaUse(file="b")),
+        height=128, scheduler="euler_a",
+        deltas=(DeltaUse(file="a.safetensors", strength=-0.5, digest="a" * 64), DeltaUse(file="b")),
         controls=(ControlUse(folder="edges", image="edges.png", strength=0.25),),
     )  # fmt: skip
     file = tmp_path / "x.toml"

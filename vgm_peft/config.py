@@ -6,6 +6,7 @@ loaded, naming the key, the place and the nearest known name.
 """
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -23,12 +24,14 @@ Table = dict[str, Value]
 def read_toml(path: Path) -> Table:
     """Read a TOML file into a nested table. Raises `ConfigError` naming the line when it is not TOML."""
     try:
-        return cast(Table, tomllib.loads(path.read_text(encoding="utf-8")))
+        return cast(Table, tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file", fix="name an existing .toml recipe; those shipped are in training/"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})", expected="a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML ({error})") from None
 
 
@@ -65,27 +68,36 @@ def merge(*layers: Table) -> Table:
     out: Table = {}
     for layer in layers:
         for key, value in layer.items():
-            below = out.get(key)
-            out[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+            if isinstance(value, dict):
+                below = out.get(key)
+                value = merge(below, value) if isinstance(below, dict) else merge(value)
+            out[key] = value
     return out
 
 
 def parse_setting(text: str) -> Table:
     """Parse one `section.key=value`; the value is TOML where it parses as TOML, else a plain string."""
     key, equals, raw = text.partition("=")
-    if not equals or not key.strip():
+    *sections, last = [name.strip() for name in key.split(".")]
+    if not equals or not all((*sections, last)):
         raise ConfigError(f'--set "{text}"', expected="section.key=value", fix="for example --set delta.rank=16")
-    try:
-        value = cast(Value, tomllib.loads(f"v = {raw}")["v"])
-    except tomllib.TOMLDecodeError:
-        value = raw
     table: Table = {}
     inner = table
-    *sections, last = key.strip().split(".")
     for section in sections:
         inner[section] = inner = cast(Table, {})
-    inner[last] = value
+    inner[last] = _parse_value(raw)
     return table
+
+
+def _parse_value(raw: str) -> Value:
+    try:
+        # Within brackets, so that nothing may follow the value: neither a comment nor a second line.
+        values = cast("list[object]", tomllib.loads(f"v = [{raw}]")["v"])
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return raw
+    if len(values) == 1 and isinstance(values[0], (str, int, float, bool, list, dict)):  # a date is plain text to us
+        return cast(Value, values[0])
+    return raw
 
 
 def build(cls: type[T], table: Mapping[str, object], where: str = "") -> T:
@@ -107,7 +119,13 @@ def build(cls: type[T], table: Mapping[str, object], where: str = "") -> T:
     ]
     if missing:
         raise ConfigError(f'setting "{where}{missing[0]}" is missing', fix="give it in the recipe, by its flag or by --set")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ConfigError as error:  # from `__post_init__`, which does not know in which section it stands
+        if not where:
+            raise
+        what = f"{where.removesuffix('.')}: {error.what}"
+        raise ConfigError(what, expected=error.expected, fix=error.fix) from None
 
 
 def _bind(hint: object, value: object, where: str) -> object:
@@ -132,8 +150,11 @@ def _bind(hint: object, value: object, where: str) -> object:
             return value
         if isinstance(value, Mapping):
             return build(hint, cast(Mapping[str, object], value), f"{where}.")
-    if hint is float and type(value) is int:
-        return float(value)
+    if hint is float and type(value) in (int, float):
+        number = float(cast(float, value))
+        if math.isfinite(number):
+            return number
+        raise ConfigError(f"{where} = {value!r}", expected="a finite number")
     if hint is Path and isinstance(value, (str, Path)):
         return Path(value)
     if hint is object or isinstance(hint, type) and origin is None and type(value) is hint:
@@ -158,4 +179,13 @@ def _spell(hint: object) -> str:
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
     if isinstance(hint, type) and hint in names:
         return names[hint]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return "a section of settings: " + ", ".join(f.name for f in dataclasses.fields(hint) if f.init)
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple and len(args) == 2 and args[1] is Ellipsis:
+        return f"a list, each {_spell(args[0])}"
+    if typing.get_origin(hint) is tuple:
+        return "a list: " + ", ".join(map(_spell, args))
+    if typing.get_origin(hint) in (dict, Mapping):
+        return "a section of settings"
     return str(hint).replace("typing.", "")

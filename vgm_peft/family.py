@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -128,6 +129,14 @@ class Family(ABC):
     @abstractmethod
     def published(self) -> Mapping[str, nn.Module]:
         """Build the parts at their published full size on the meta device (no memory), for counting and naming."""
+
+    def configure(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], folder: Path) -> bool:
+        """Say whether a single-file checkpoint is of this family, known by its tensors' names and shapes.
+
+        If so, write into `folder` the configurations that diffusers needs to convert it. Families that have no such
+        files say no.
+        """
+        return False
 
     @abstractmethod
     def key_table(self, sites: Sequence[Site]) -> KeyTable:

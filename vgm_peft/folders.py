@@ -110,6 +110,27 @@ def _exchange(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def quiet() -> Generator[None]:
+    """Silence the progress bars of diffusers and transformers, which report every small component on a line of its own."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    logs = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
+    for log in logs:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in logs:
+            log.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """Return the gist of a library's error: its first line, cut at 200 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def _says(owned: Callable[[Path], bool], folder: Path) -> bool:
     try:
         return owned(folder)

@@ -57,7 +57,8 @@ def read_stack(path: Path) -> Stack:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", fix="check the path") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path.name}: not a readable PNG ({error})") from None
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise DataError(f"{path.name}: not a readable PNG{why}") from None
     if not isinstance(text, str):
         raise DataError(
             f"{path.name} carries no stack", expected=f'a PNG with a text "{KEY}"', fix="only pictures made here have one"

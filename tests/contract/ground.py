@@ -76,7 +76,7 @@ def predict(base: Base, batch: int = 1) -> Tensor:
     config = base.denoiser.config
     dtype = next(base.denoiser.parameters()).dtype
     condition: Condition = base.family.encode_prompt(base, ["a red duck"] * batch)
-    noisy = torch.randn(batch, config.in_channels, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+    noisy = torch.randn(batch, config.in_channels, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * batch)
     t = torch.full((batch,), 500)
     return base.family.predict(base, Query(noisy, t, condition.to(dtype=dtype), sizes))

@@ -298,7 +298,7 @@ def test_original_names_agree_with_diffusers_own_map(family: Family, base: Base)
     state = {f"{name}.lora_down.weight": torch.zeros(1) for name in names}
     mapped = _maybe_map_sgm_blocks_to_diffusers(dict(state), base.denoiser.config)  # pyright: ignore
     # What is left to diffusers' next step are the rows' own names; inside resnets it renames later still.
-    rows = {"input_blocks": "down_blocks", "middle_block": "mid_block", "output_blocks": "up_blocks"}
+    rows = {"input_blocks": "down_blocks", "middle_block": "mid_block", "output_blocks": "up_blocks", "0_op": "0_conv"}
     theirs = {re.sub("|".join(rows), lambda m: rows[m[0]], name) for name in mapped}
     ours = {f"lora_unet_{m.replace('.', '_')}.lora_down.weight" for m in names.values() if "resnets" not in m}
     assert len(ours) > 40 and ours <= theirs

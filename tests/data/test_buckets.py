@@ -14,7 +14,7 @@ from vgm_peft.errors import ConfigError, DataError
 side = st.integers(16, 6000)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(side, side), max_size=8), st.sampled_from([(64, 32), (512, 64), (1024, 64), (256, 8)]), st.booleans())
 def test_no_picture_is_dropped_and_every_crop_lies_inside(
     sizes: list[tuple[int, int]], scale: tuple[int, int], square: bool

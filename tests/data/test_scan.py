@@ -8,6 +8,8 @@ from tests.data.makers import save
 from vgm_peft.data import scan
 from vgm_peft.errors import DataError
 
+ROOT = Path(__file__).parents[2]
+
 
 def rows(folder: Path, *lines: dict[str, object] | str) -> None:
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
@@ -227,6 +229,51 @@ def test_names_that_differ_only_in_unicode_form_meet(tmp_path: Path) -> None:
     save(tmp_path / "\u00e9.png")
     (tmp_path / "e\u0301.txt").write_text("composed")
     assert scan(tmp_path).examples[0].caption == "composed"
+
+
+def test_metadata_finds_a_name_in_any_unicode_form(tmp_path: Path) -> None:
+    save(tmp_path / "e\u0301.png")
+    rows(tmp_path, {"file_name": "\u00e9.png", "text": "composed"})
+    assert scan(tmp_path).examples[0].caption == "composed"
+
+
+@pytest.mark.parametrize(
+    "name", ["control/notes.txt", "captions.json", "sub/metadata.jsonl", "a.png.bak", "no_suffix", "masks/a.png"]
+)
+def test_no_stray_file_passes_unseen(tmp_path: Path, name: str) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError) as error:
+        scan(tmp_path, caption="x")
+    assert name.split("/")[0] in str(error.value)
+
+
+def test_two_rows_for_one_picture_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    rows(tmp_path, {"file_name": "a.png", "text": "x"}, {"file_name": "a.png", "text": "y"})
+    with pytest.raises(DataError, match=r"lines 1 and 2 are both for a\.png"):
+        scan(tmp_path)
+
+
+def test_a_large_folder_is_read_in_linear_time(tmp_path: Path) -> None:
+    raw = save(tmp_path / "0.png", 16, 16).read_bytes()
+    for index in range(1000):
+        (tmp_path / f"{index}.png").write_bytes(raw)
+        (tmp_path / f"{index}.txt").write_text(f"picture {index}")
+    rows(tmp_path, *({"file_name": f"{index}.png", "repeats": 2} for index in range(1000)))
+    report = scan(tmp_path)
+    assert {e.path.stem: e.caption for e in report.examples} == {str(i): f"picture {i}" for i in range(1000)}
+    assert len(report.notes) == 1 and len(report.notes[0]) < 200
+
+
+SHIPPED = sorted(p for kind in ("subjects", "styles") for p in (ROOT / "assets" / kind).glob("*/"))
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda p: p.name)
+def test_the_pictures_that_we_ship_are_in_order(folder: Path) -> None:
+    report = scan(folder, require_captions=True)
+    assert len(report.examples) >= 5 and report.notes == () and report.ignored == ()
 
 
 def test_the_report_is_a_short_table(tmp_path: Path) -> None:

@@ -57,6 +57,13 @@ class Parser(argparse.ArgumentParser):
         flags = [name for name in self._option_string_actions if name.startswith("--")]
         raise ConfigError(f'unknown flag "{flag}"', fix=f"{nearest(flag, flags)} See {self.prog} --help")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Name the nearest choice to one that is none; argparse calls this for choices and verbs."""
+        choices = [str(choice) for choice in action.choices or ()]
+        if choices and str(value) not in choices:
+            name = action.metavar if isinstance(action.metavar, str) else "/".join(action.option_strings) or action.dest
+            raise ConfigError(f'{name} "{value}"', expected="one of " + ", ".join(choices), fix=nearest(str(value), choices))
+
     def error(self, message: str) -> NoReturn:
         """Raise `ConfigError` with argparse's sentence."""
         raise ConfigError(message, fix=f"see {self.prog} --help")

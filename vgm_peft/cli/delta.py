@@ -96,7 +96,7 @@ def _export(args: argparse.Namespace) -> int:
     output: Path = args.output or file.with_name(f"{file.stem}-{args.target}.safetensors")
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output {output}", expected="a name that ends in .safetensors, by which other tools find it")
-    if output.exists() and output.samefile(file):
+    if output.resolve() == file.resolve():
         raise ConfigError(f"--output {output} is the file that is read", fix="choose another name")
     base = None
     if args.base is not None:

@@ -135,7 +135,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """Parse `WxH` or one number for a square. Raises `ConfigError`."""
     match = re.fullmatch(r"(\d{1,5})(?:[xX*](\d{1,5}))?", text.strip())
     if match is None:
-        raise ConfigError(f'--size "{text}"', expected="WIDTHxHEIGHT in pixels, for example 768x512")
+        raise ConfigError(f'size "{text}"', expected="WIDTHxHEIGHT in pixels, for example 768x512")
     return int(match[1]), int(match[2] or match[1])
 
 

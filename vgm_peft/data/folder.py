@@ -61,13 +61,13 @@ def _walk(folder: Path, prefix: str, root: Path, listing: Listing) -> None:
 def _fault(entry: os.DirEntry[str], name: str, root: Path) -> DataError | None:
     try:
         mode = entry.stat().st_mode
-        target = Path(entry.path).resolve(strict=True)
+        leaves = entry.is_symlink() and not Path(entry.path).resolve(strict=True).is_relative_to(root)
     except (OSError, RuntimeError):
         return DataError(f"{shown(name)} is a link to nothing", fix="delete it, or put the file itself there")
     if stat.S_ISDIR(mode):
         return DataError(f"{shown(name)} is a link to a folder", fix="put the files themselves there")
     if not stat.S_ISREG(mode):
         return DataError(f"{shown(name)} is a pipe, socket or device", expected="a plain file", fix="take it out of the folder")
-    if entry.is_symlink() and not target.is_relative_to(root):
+    if leaves:
         return DataError(f"{shown(name)} is a link out of the folder", fix="put the file itself there")
     return None

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from vgm_peft.data import captions, pictures
@@ -12,6 +13,7 @@ from vgm_peft.errors import DataError
 
 CONTROL = "control"
 """A subfolder of this name holds control pictures, each named like the picture that it steers."""
+_TABLES = frozenset({".json", ".jsonl", ".csv", ".parquet", ".yaml", ".yml", ".toml"})
 
 
 class Plan:
@@ -19,19 +21,23 @@ class Plan:
 
     def __init__(self, listing: Listing, caption: str | None, required: bool) -> None:
         self.listing, self.notes = listing, list[str]()
-        self.pictures = [name for name in listing.files if _suffix(name) in pictures.SUFFIXES]
+        names = [name for name in listing.files if _suffix(name) in pictures.SUFFIXES]
+        self.pictures = {_key(name): name for name in names}
         self.rows = self._rows()
-        self.controls = self._controls()
+        self.controls = self._controls(names)
         steering = set(self.controls.values())
-        self.examples = [n for n in self.pictures if n in self.rows or ("/" not in n and n not in steering)]
+        self.examples = [n for n in names if n in self.rows or ("/" not in n and n not in steering)]
+        self._used = {*self.examples, *steering, METADATA}
+        self._used_folders = {n.partition("/")[0] for n in self._used if "/" in n}
         self.texts = self._texts()
-        self._strangers(steering)
+        self._strangers()
         self._complete(caption, required)
 
     def _fault(self, what: str, fix: str, expected: str = "") -> None:
         self.listing.faults.append(DataError(what, expected=expected, fix=fix))
 
     def _rows(self) -> dict[str, Row]:
+        """Picture -> its row, for the rows whose picture is there."""
         path = self.listing.files.get(METADATA)
         if path is None:
             return {}
@@ -41,33 +47,39 @@ class Plan:
             self.notes.append(f"{METADATA}: columns not used: {', '.join(map(shown, sorted(unused)))}")
         out: dict[str, Row] = {}
         for row in rows:
-            for name in filter(None, (row.file_name, row.control)):
-                if name not in self.pictures:
-                    kind = "is no picture that we read" if name in self.listing.files else "is not in the folder"
-                    self._fault(f"{METADATA} line {row.line}: {shown(name)} {kind}", suggestion(name, self.pictures))
-            if row.file_name in out:
-                first = out[row.file_name].line
-                self._fault(f"{METADATA} lines {first} and {row.line} are both for {shown(row.file_name)}", "keep one of them")
-            out[row.file_name] = row
+            name = self._find(row.file_name, row.line)
+            control = self._find(row.control, row.line) if row.control else None
+            if name in out:
+                self._fault(f"{METADATA} lines {out[name].line} and {row.line} are both for {shown(name)}", "keep one of them")
+            elif name:
+                out[name] = replace(row, file_name=name, control=control)
         return out
 
-    def _controls(self) -> dict[str, str]:
+    def _find(self, name: str, line: int) -> str | None:
+        """Return the picture of a name (in any Unicode form); that there is none is a fault."""
+        found = self.pictures.get(_key(name))
+        if found is None:
+            kind = "is no picture that we read" if name in self.listing.files else "is not in the folder"
+            self._fault(f"{METADATA} line {line}: {shown(name)} {kind}", suggestion(name, list(self.pictures.values())))
+        return found
+
+    def _controls(self, names: Sequence[str]) -> dict[str, str]:
         """Picture -> its control picture, from rows and from the subfolder of that name."""
-        out = {row.file_name: row.control for row in self.rows.values() if row.control in self.pictures}
+        out = {name: row.control for name, row in self.rows.items() if row.control}
         named = set(out.values())
-        waiting = {_stem(n.removeprefix(f"{CONTROL}/")): n for n in self.pictures if n.startswith(f"{CONTROL}/")}
-        if not waiting or set(waiting.values()) <= named:
+        inside = f"{CONTROL}/"
+        waiting = {_stem(n.removeprefix(inside)): n for n in names if n.startswith(inside) and n not in named}
+        if not waiting:
             return out
-        for name in self.pictures:
+        for name in names:
             if "/" not in name and name not in out and name not in named:
                 control = waiting.pop(_stem(name), None)
                 if control is None:
-                    self._fault(f"{shown(name)} has no control picture", f"add {CONTROL}/{shown(name)}")
+                    self._fault(f"{shown(name)} has no control picture", f"add {inside}{shown(name)}")
                 else:
                     out[name] = control
         for control in waiting.values():
-            if control not in named:
-                self._fault(f"{shown(control)} steers no picture", "name it like the picture it belongs to, or delete it")
+            self._fault(f"{shown(control)} steers no picture", "name it like the picture it belongs to, or delete it")
         return out
 
     def _texts(self) -> dict[str, str]:
@@ -111,29 +123,33 @@ class Plan:
     def _foreign(self, name: str) -> bool:
         """Say whether a file lies in a subfolder of which nothing is used; such a folder is named once, as a whole."""
         top, slash, _ = name.partition("/")
-        used = [*self.examples, *self.controls.values()]
-        return bool(slash) and not any(n.startswith(f"{top}/") for n in used)
+        return bool(slash) and top not in self._used_folders
 
-    def _strangers(self, steering: set[str]) -> None:
+    def _strangers(self) -> None:
         """Name the files that are neither pictures nor captions, and the pictures in subfolders that nothing names."""
-        used = {*self.examples, *steering, METADATA}
         folders: dict[str, int] = {}
         for name in self.listing.files:
-            if name in used or (_suffix(name) in captions.SUFFIXES and not self._foreign(name)):
-                continue
             if self._foreign(name):
                 top = name.partition("/")[0]
                 folders[top] = folders.get(top, 0) + 1
-            elif _suffix(name) in pictures.OTHER_PICTURES:
-                self._fault(f"{shown(name)} is in a format that is not read", "convert it to PNG, JPEG or WebP")
-            elif _suffix(name) not in pictures.SUFFIXES:
-                fix = "take it out of the folder; if it is a caption, name it like its picture with .txt"
-                self._fault(f"{shown(name)} is neither a picture nor a caption", fix)
-            elif not name.startswith(f"{CONTROL}/"):
-                self._fault(f"{shown(name)} lies in a subfolder and {METADATA} does not name it", "name it there, or move it")
+            elif name not in self._used and _suffix(name) not in captions.SUFFIXES:
+                self._stranger(name)
         for top, count in folders.items():
             fix = f"move its pictures up, give it as a folder of its own, or name its pictures in {METADATA}"
             self._fault(f"{shown(top)}/ is a subfolder of {count} files that nothing names", fix)
+
+    def _stranger(self, name: str) -> None:
+        suffix = _suffix(name)
+        if suffix in pictures.OTHER_PICTURES:
+            self._fault(f"{shown(name)} is in a format that is not read", "convert it to PNG, JPEG or WebP")
+        elif suffix in _TABLES:
+            fix = f'make it {METADATA} in the folder itself, one {{"file_name": ..., "text": ...}} a line, or take it out'
+            self._fault(f"{shown(name)} is a table that is not read", fix)
+        elif suffix not in pictures.SUFFIXES:
+            fix = "take it out of the folder; if it is a caption, name it like its picture with .txt"
+            self._fault(f"{shown(name)} is neither a picture nor a caption", fix)
+        elif not name.startswith(f"{CONTROL}/"):
+            self._fault(f"{shown(name)} lies in a subfolder and {METADATA} does not name it", "name it there, or move it")
 
     def _complete(self, caption: str | None, required: bool) -> None:
         """Fill in the common caption, or insist that captions are for all pictures or for none."""

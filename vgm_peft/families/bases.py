@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from vgm_peft.errors import BaseModelError
+from vgm_peft.families.index import family_of_folder, family_of_index
+from vgm_peft.families.original import load_file
 from vgm_peft.family import Base, Family
-from vgm_peft.folders import CONVERT, PICKLED, check_component, check_no_code, read_json
+from vgm_peft.folders import PICKLED, first_line, quiet, read_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 TOYBOX = "toybox"
-LIBRARIES = ("diffusers", "transformers")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _digests: dict[tuple[str, int, int], str] = {}
 
@@ -46,13 +47,12 @@ def load_base(
     name = str(source)
     path = toybox_folder() if name == TOYBOX else Path(source).expanduser()
     if path.is_file() or path.suffix in (*PICKLED, ".safetensors"):
-        from vgm_peft.families.original import load_file
-
         pipe, files = load_file(families, path, dtype), [path]
     else:
         if not path.is_dir():
             path = _download(families, name)
-        pipe = _load_folder(families, path, dtype)
+        family = family_of_folder(families, path)
+        pipe = _from_pretrained(family, path, dtype, _variant(path / family.denoiser))
         files = _loaded_files(pipe, path) if digest else []
     family = next((f for f in families.values() if f.recognises(pipe)), None)
     if family is None:
@@ -67,48 +67,18 @@ def load_base(
     return base.freeze()
 
 
-def _load_folder(families: Mapping[str, Family], folder: Path, dtype: torch.dtype) -> "DiffusionPipeline":
-    index = read_json(folder / "model_index.json")
-    family = _family_of_index(families, index, folder)
-    check_no_code(folder)
-    for name in _components(index):
-        if (folder / name).is_dir() and name not in family.loading:
-            check_component(folder / name)
-    return _from_pretrained(family, folder, dtype, _variant(folder / family.denoiser))
-
-
 def _from_pretrained(family: Family, folder: Path, dtype: torch.dtype, variant: str | None) -> "DiffusionPipeline":
     import diffusers
 
     build: Any = getattr(diffusers, family.pipelines[0])
+    options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True, **family.loading}
     try:
-        return build.from_pretrained(
-            folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True, **family.loading
-        )
+        with quiet():
+            return build.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise BaseModelError(
-            f"{folder}: cannot be loaded ({_first_line(error)})", fix="fetch or copy the folder anew"
+            f"{folder}: cannot be loaded ({first_line(error)})", fix="fetch or copy the folder anew"
         ) from error
-
-
-def _family_of_index(families: Mapping[str, Family], index: Mapping[str, Any], folder: Path) -> Family:
-    """Find the family by the pipeline's class, refusing what would bring code of its own; no class is imported for it."""
-    where, kind = folder / "model_index.json", index.get("_class_name")
-    if "custom_pipeline" in index or not isinstance(kind, str):
-        raise BaseModelError(f"{where}: asks for a pipeline of its own ({kind!r})", expected="a pipeline of diffusers' own")
-    for name, entry in _components(index).items():
-        if len(entry) != 2 or entry[0] not in (*LIBRARIES, "stable_diffusion", None):
-            raise BaseModelError(f"{where}: {name} comes from {entry}", expected="classes of diffusers and transformers")
-    for family in families.values():
-        if kind in family.pipelines:
-            return family
-    raise BaseModelError(
-        f"{where}: a {kind}", expected="one of " + ", ".join(f"{f.name} ({f.pipelines[0]})" for f in families.values())
-    )
-
-
-def _components(index: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {name: cast("list[Any]", entry) for name, entry in index.items() if isinstance(entry, list) and name[0] != "_"}
 
 
 def _variant(folder: Path) -> str | None:
@@ -130,7 +100,7 @@ def _download(families: Mapping[str, Family], name: str) -> Path:
 
     try:
         where = Path(hf_hub_download(name, "model_index.json"))
-        family = _family_of_index(families, read_json(where), Path(name))
+        family = family_of_index(families, read_json(where), Path(name))
         build: Any = getattr(diffusers, family.pipelines[0])
         return Path(build.download(name, use_safetensors=True, **family.loading))
     except EntryNotFoundError as error:
@@ -144,13 +114,9 @@ def _download(families: Mapping[str, Family], name: str) -> Path:
 def _unreachable(name: str, error: Exception) -> BaseModelError:
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
     return BaseModelError(
-        f"{name}: neither in the local cache nor reachable{offline}: {_first_line(error)}",
+        f"{name}: neither in the local cache nor reachable{offline}: {first_line(error)}",
         fix="check name and network, log in with `hf auth login` where the model asks for it, or give a folder or file",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _loaded_files(pipe: "DiffusionPipeline", folder: Path) -> list[Path]:
@@ -179,9 +145,3 @@ def _digest(files: list[Path]) -> str:
                 _digests[key] = hashlib.file_digest(stream, "sha256").hexdigest()
         total.update(_digests[key].encode())
     return total.hexdigest()
-
-
-def refuse_pickle(path: Path) -> None:
-    """Refuse a file whose name says that it is pickled. Raises `BaseModelError` with how to convert it."""
-    if path.suffix in PICKLED:
-        raise BaseModelError(f"{path}: pickled weights are never read", expected="a .safetensors file", fix=CONVERT)

@@ -4,13 +4,16 @@ Latent diffusion, Rombach et al. 2021, arXiv 2112.10752. Latents are in the deno
 VAE's own z, or per channel where the VAE's configuration gives `latents_mean` and `latents_std`.
 """
 
+from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from vgm_peft.families.layout import Layout
 from vgm_peft.families.spelling import unet_spellings
 from vgm_peft.family import Base, Family, KeyTable, Posterior, Query, Residuals
 from vgm_peft.site import Site
@@ -46,6 +49,26 @@ class UNetFamily(Family):
     """Text encoder part -> kohya prefixes, the one to write first."""
     ldm_names: ClassVar[bool]
     """kohya files of this family are written with the original (LDM) block names."""
+
+    @abstractmethod
+    def layout(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> Layout | None:
+        """Return the layout of a checkpoint in the original names, or None when it is not of this family.
+
+        Without any tensors: that of the published base.
+        """
+
+    def published(self) -> Mapping[str, nn.Module]:
+        """Build the published base's parts on the meta device."""
+        layout = self.layout({}, {})
+        with torch.device("meta"):
+            return {} if layout is None else layout.build()
+
+    def configure(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], folder: Path) -> bool:
+        """Write the layout of a single-file checkpoint of this family, from its tensors."""
+        layout = self.layout(shapes, metadata) if shapes else None
+        if layout is not None:
+            layout.write(folder, self.pipelines[0])
+        return layout is not None
 
     def predict(self, base: Base, query: Query, side: Residuals | None = None) -> Tensor:
         """Call the U-Net; inputs are cast to its dtype."""
@@ -93,6 +116,16 @@ class UNetFamily(Family):
             kohya[part, module] = first
             aliases.update(dict.fromkeys(others, (part, module)))
         return KeyTable(kohya, aliases)
+
+
+VAE: Mapping[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+"""The autoencoder that all of them share, in its published size."""
 
 
 def _vae(base: Base) -> Any:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from torch import nn
 
-from vgm_peft.families.clip import tiny_text_config, tiny_tokenizer
-from vgm_peft.families.latent import UNetFamily, is_unet, tiny_unet, tiny_vae
+from vgm_peft.families.clip import CLIP_H, CLIP_L, tiny_text_config, tiny_tokenizer
+from vgm_peft.families.latent import VAE, UNetFamily, is_unet, tiny_unet, tiny_vae
+from vgm_peft.families.layout import BETAS, Layout
 from vgm_peft.families.prompts import last_state
 from vgm_peft.family import Base, Condition
 from vgm_peft.process import Prediction
@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+UNET: Mapping[str, Any] = {
+    "sample_size": 64,
+    "down_block_types": DOWN,
+    "up_block_types": UP,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+FIRST_TEXT = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
+SECOND_TEXT = "cond_stage_model.model.ln_final.weight"
 
 
 class StableDiffusion(UNetFamily):
@@ -73,12 +85,9 @@ class StableDiffusion(UNetFamily):
             tokenizer=tokenizer,
             unet=unet,
             scheduler=DDIMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
+                **BETAS,
                 clip_sample=False,
                 set_alpha_to_one=False,
-                steps_offset=1,
                 prediction_type=prediction,
                 rescale_betas_zero_snr=velocity,
                 timestep_spacing="trailing" if velocity else "leading",
@@ -88,31 +97,22 @@ class StableDiffusion(UNetFamily):
             requires_safety_checker=False,
         )
 
-    def published(self) -> Mapping[str, nn.Module]:
-        """Build Stable Diffusion 1.5's U-Net (859,520,964 values) and text encoder (123,060,480) on the meta device."""
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(
-                sample_size=64,
-                down_block_types=DOWN,
-                up_block_types=UP,
-                block_out_channels=(320, 640, 1280, 1280),
-                layers_per_block=2,
-                cross_attention_dim=768,
-                attention_head_dim=8,
-            )
-            text = CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=768,
-                intermediate_size=3072,
-                projection_dim=768,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-                max_position_embeddings=77,
-            )
-            return {"unet": unet, "text_encoder": CLIPTextModel(text)}
+    def layout(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> Layout | None:
+        """Tell 1.x from 2.x by the text encoder; 2.x at 768 pixels predicts v, unless the file says otherwise."""
+        first, second = FIRST_TEXT in shapes, SECOND_TEXT in shapes
+        if shapes and (shapes.get(CONV_IN) != (320, 4, 3, 3) or first == second):
+            return None
+        # Of the two 2.x bases only the smaller, 512 pixels, predicts epsilon; it was saved at this step.
+        guess = "v" if second and metadata.get("global_step") != "875000" else "epsilon"
+        velocity = metadata.get("modelspec.prediction_type", guess).startswith("v")
+        noise = {"prediction_type": "v_prediction" if velocity else "epsilon"}
+        vae = {**VAE, "scaling_factor": 0.18215}
+        scheduler = ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, **noise})
+        if not second:
+            return Layout(UNET, vae, {"text_encoder": ("CLIPTextModel", CLIP_L)}, scheduler)
+        unet = {**UNET, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+        unet |= {"sample_size": 96 if velocity else 64, "upcast_attention": True}
+        return Layout(unet, vae, {"text_encoder": ("CLIPTextModel", CLIP_H)}, scheduler, {"text_encoder": "!"})
 
     def stamps(self, sites: Sequence[Site], prediction: str | None = None) -> Mapping[str, str]:
         """Tell 1.x from 2.x by what the text is wide (2.x: 1024); a v-prediction base has `_v` behind its version."""

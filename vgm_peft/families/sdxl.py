@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vgm_peft.errors import BaseModelError
-from vgm_peft.families.clip import tiny_text_config, tiny_tokenizer
-from vgm_peft.families.latent import UNetFamily, is_unet, tiny_unet, tiny_vae
+from vgm_peft.families.clip import CLIP_G, CLIP_L, tiny_text_config, tiny_tokenizer
+from vgm_peft.families.latent import VAE, UNetFamily, is_unet, tiny_unet, tiny_vae
+from vgm_peft.families.layout import BETAS, Layout
 from vgm_peft.families.prompts import penultimate_state
 from vgm_peft.family import Base, Condition, Query
 from vgm_peft.site import Site
@@ -19,6 +20,22 @@ if TYPE_CHECKING:
 DOWN = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
 UP = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 SIZES = 6
+UNET: Mapping[str, Any] = {
+    "sample_size": 128,
+    "down_block_types": DOWN,
+    "up_block_types": UP,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+TEXT = "conditioner.embedders.1.model.ln_final.weight"
 
 
 class StableDiffusionXL(UNetFamily):
@@ -79,48 +96,21 @@ class StableDiffusionXL(UNetFamily):
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
             unet=unet,
-            scheduler=EulerDiscreteScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
-            ),
+            scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading"),
             add_watermarker=False,
         )
 
-    def published(self) -> Mapping[str, nn.Module]:
-        """Build SDXL 1.0's U-Net (2,567,463,684 values) and text encoders (123,060,480; 694,659,840) on the meta device."""
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-        common: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77}
-        small = CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, projection_dim=768, num_hidden_layers=12, num_attention_heads=12, **common
-        )
-        large = CLIPTextConfig(
-            hidden_size=1280,
-            intermediate_size=5120,
-            projection_dim=1280,
-            num_hidden_layers=32,
-            num_attention_heads=20,
-            hidden_act="gelu",
-            **common,
-        )
-        with torch.device("meta"):
-            build: Any = UNet2DConditionModel
-            unet = build(
-                sample_size=128,
-                down_block_types=DOWN,
-                up_block_types=UP,
-                block_out_channels=(320, 640, 1280),
-                layers_per_block=2,
-                transformer_layers_per_block=(1, 2, 10),
-                cross_attention_dim=2048,
-                attention_head_dim=(5, 10, 20),
-                use_linear_projection=True,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=2816,
-            )
-            encoders = CLIPTextModel(small), CLIPTextModelWithProjection(large)
-        return {"unet": unet, "text_encoder": encoders[0], "text_encoder_2": encoders[1]}
+    def layout(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> Layout | None:
+        """Know it by its second text encoder; v-prediction and zero-terminal SNR as the file says, or marks with a tensor."""
+        if shapes and (shapes.get(CONV_IN) != (320, 4, 3, 3) or TEXT not in shapes):
+            return None
+        velocity = "v_pred" in shapes or metadata.get("modelspec.prediction_type", "").startswith("v")
+        noise: dict[str, Any] = {"prediction_type": "v_prediction" if velocity else "epsilon", "timestep_spacing": "leading"}
+        if "ztsnr" in shapes:
+            noise |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        vae = {**VAE, "scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": True}
+        texts = {"text_encoder": ("CLIPTextModel", CLIP_L), "text_encoder_2": ("CLIPTextModelWithProjection", CLIP_G)}
+        return Layout(UNET, vae, texts, ("EulerDiscreteScheduler", noise), {"text_encoder_2": "!"})
 
     def stamps(self, sites: Sequence[Site], prediction: str | None = None) -> Mapping[str, str]:
         """The one published version; v-prediction relatives of it say so in `modelspec.prediction_type`."""

@@ -109,19 +109,18 @@ def open_plain(path: Path) -> BufferedReader:
 def _header_length(path: Path, head: bytes, size: int) -> int:
     if size == 0:
         raise DeltaError(f"{path}: the file is empty", expected="a safetensors file", fix="download or export it again")
+    length: int = struct.unpack("<Q", head[:8])[0] if size >= 8 else MAX_HEADER + 1
+    brace = head[8:9] == b"{"
+    if brace and 2 <= length <= min(size - 8, MAX_HEADER):
+        return length  # before anything else: a length may begin with the same bytes as a pickle
     begin = head.lstrip().lower()
     for signature, name in LOOKS_LIKE:
         if head.startswith(signature) or begin.startswith(signature.lower()):
             fix = "get the .safetensors of it; pickles are never opened here" if "pickle" in name else "download it again"
             raise DeltaError(f"{path}: this is {name}", expected="a safetensors file", fix=fix)
-    if size < 10:
-        raise _damaged(path, f"the file has {size} bytes", "at least 10")
-    length: int = struct.unpack("<Q", head[:8])[0]
-    if length > MAX_HEADER or head[8:9] != b"{":
-        raise DeltaError(f"{path}: not a safetensors file", expected="a header of at most 100 MB that begins with {")
-    if 8 + length > size:
-        raise _damaged(path, f"the header alone has {length} bytes and the file {size}", "a whole file")
-    return length
+    if brace and length <= MAX_HEADER:
+        raise _damaged(path, f"the header should have {length} bytes and the whole file has {size}", "a whole file")
+    raise DeltaError(f"{path}: not a safetensors file", expected="a header of at most 100 MB that begins with {")
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, object]:
@@ -203,9 +202,9 @@ def _check_contiguous(path: Path, entries: Mapping[str, Entry], data: int, size:
 
 
 def shown(name: str) -> str:
-    """Return a name from a file as it may be shown: quoted, control characters escaped, at most 80 letters."""
+    """Return a name from a file as it may be shown: quoted, control characters escaped, a long one without its middle."""
     text = ascii(name)
-    return text if len(text) <= 80 else text[:77] + "..." + text[0]
+    return text if len(text) <= 120 else f"{text[:60]}...{text[-57:]}"
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

@@ -23,7 +23,6 @@ from vgm_peft.formats.format import Format, Parcel
 from vgm_peft.formats.header import Header, listed
 from vgm_peft.formats.vocabulary import Suffixes, convert, pack_all, rank_of
 
-
 PREFIXES = ("lora_unet_", "lora_te")
 UP, ALPHA = "lora_up.weight", "alpha"
 ALGORITHMS = {"lokr_": "lokr", "hada_": "loha", "oft_": "diag-oft", "diff": "full", "w_norm": "full"}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vgm_peft.errors import DataError, DeltaError
 from vgm_peft.family import Base, Query, Residuals
-from vgm_peft.folders import check_component, read_json, replace_folder
+from vgm_peft.folders import check_component, first_line, read_json, replace_folder
 from vgm_peft.side import Side
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ class ControlNet(Side):
         check_component(folder)
         _check_fit(read_json(folder / "config.json"), base, folder)
         dtype = next(base.denoiser.parameters()).dtype
-        network = ControlNetModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=dtype)
+        try:
+            network = ControlNetModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=dtype)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise DeltaError(f"{folder}: cannot be loaded ({first_line(error)})", fix="fetch or copy it anew") from error
         return _to(network, base.device).requires_grad_(False).eval()
 
     def save(self, network: nn.Module, folder: Path) -> None:

@@ -57,15 +57,16 @@ def carrying(base: Base, controls: list[Control]) -> "tuple[DiffusionPipeline, d
 
 
 def read_picture(path: Path) -> "Image.Image":
-    """Read a control picture as RGB, without ever decoding more than `MAX_PIXELS`. Raises `DataError`."""
-    from PIL import Image, UnidentifiedImageError
+    """Read a control picture as RGB, upright, without ever decoding more than `MAX_PIXELS`. Raises `DataError`."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{path.name}: {image.width}x{image.height} pixels", expected=f"at most {MAX_PIXELS:,} pixels")
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: no such picture", fix="check the path") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path.name}: not a readable picture ({error})", expected="a PNG, JPEG, WebP or BMP file") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise DataError(f"{path.name}: not a readable picture{why}", expected="a PNG, JPEG, WebP or BMP file") from None

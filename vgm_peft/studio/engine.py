@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from vgm_peft.stack.sampling import Progress
 
 
+STALE = 3.0
+"""Seconds for which open pages share one look at the library's folders."""
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A finished picture: its file, and what other programs would read in it."""
@@ -33,6 +37,7 @@ class Engine:
         self.settings = settings
         self._lock = threading.Lock()
         self._base: Base | None = None
+        self._listed = (float("-inf"), list[Found]())
         self._read: dict[Path, tuple[tuple[float, int], str, Delta]] = {}
 
     def base(self) -> "Base":
@@ -55,9 +60,13 @@ class Engine:
 
         threading.Thread(target=load, name="warm-up", daemon=True).start()
 
-    def deltas(self) -> list[Found]:
-        """The deltas of the library."""
-        return find(self.settings.folders)
+    def deltas(self, fresh: bool = True) -> list[Found]:
+        """The deltas of the library; without `fresh` as they were at most `STALE` seconds ago."""
+        when, found = self._listed
+        if fresh or time.monotonic() - when > STALE:
+            found = find(self.settings.folders)
+            self._listed = time.monotonic(), found
+        return found
 
     def networks(self) -> list[Found]:
         """The side networks of the library: folders in diffusers' layout that stand alone."""
@@ -129,4 +138,6 @@ def _by_name(name: str, found: list[Found], kind: str) -> Path:
     for each in found:
         if each.name == name:
             return each.path
-    raise ConfigError(f'no {kind} "{name[:100]}" in the library', fix=nearest(name[:100], [f.name for f in found]) if found else "")
+    raise ConfigError(
+        f'no {kind} "{name[:100]}" in the library', fix=nearest(name[:100], [f.name for f in found]) if found else ""
+    )

@@ -30,7 +30,8 @@ class Wish:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 _-]{0,39}", self.name):
             raise ConfigError(
-                f'the name "{self.name[:60]}"', expected="1 to 40 letters, digits, spaces, _ or -, beginning with a letter or digit"
+                f'the name "{self.name[:60]}"',
+                expected="1 to 40 letters, digits, spaces, _ or -, the first no sign",
             )
         for what, text in (("what it is", self.class_prompt), ("the word for it", self.token)):
             if not text.strip() or len(text) > 200 or not text.isprintable():
@@ -177,4 +178,4 @@ def _tail(path: Path) -> str:
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return ""
-    return "\n".join(line.rsplit("\r", 1)[-1] for line in text.splitlines() if line.strip())
+    return "\n".join(line.rsplit("\r", 1)[-1] for line in text.split("\n") if line.strip())

@@ -16,8 +16,6 @@ def keep_pictures(files: Sequence[str], folder: Path, most: int) -> int:
     Each is decoded, turned upright and written anew, so that nothing but pixels gets in. Raises `DataError` naming the
     first file that is no picture.
     """
-    from PIL import ImageOps
-
     if not files:
         raise DataError("no pictures yet", fix="drop three to twenty pictures of your subject into the field")
     if len(files) > most:
@@ -29,7 +27,7 @@ def keep_pictures(files: Sequence[str], folder: Path, most: int) -> int:
     folder.mkdir(parents=True)
     try:
         for i, (_, image) in enumerate(images):
-            ImageOps.exif_transpose(image).save(folder / f"{i + 1:03}.png")
+            image.save(folder / f"{i + 1:03}.png")
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

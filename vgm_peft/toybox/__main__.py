@@ -13,12 +13,12 @@ from vgm_peft.toybox.nouns import STYLES
 from vgm_peft.toybox.world import SUBJECTS, caption, draw_scene
 
 
-def _render(args: argparse.Namespace) -> None:
+def _render(args: argparse.Namespace) -> int:
     if args.dataset:
         from vgm_peft.toybox.render import render_dataset
 
         render_dataset(args.output, args.count, args.seed, args.processes)
-        return
+        return 0
     from vgm_peft.toybox.gallery import write_pictures, write_style, write_subject
 
     if args.subject:
@@ -30,9 +30,10 @@ def _render(args: argparse.Namespace) -> None:
         scenes = [draw_scene(rng) for _ in range(args.count)]
         write_pictures(args.output, scenes, [caption(scene) for scene in scenes], args.size)
     print(f"{args.count} pictures with captions in {args.output}")
+    return 0
 
 
-def _train_oracles(args: argparse.Namespace) -> None:
+def _train_oracles(args: argparse.Namespace) -> int:
     import torch
 
     from vgm_peft.toybox.oracle_train import OracleSettings, train_oracles
@@ -40,18 +41,20 @@ def _train_oracles(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     train_oracles(args.output, OracleSettings(seed=args.seed))
     print((args.output / "card.json").read_text().rstrip())
+    return 0
 
 
-def _train_base(args: argparse.Namespace) -> None:
+def _train_base(args: argparse.Namespace) -> int:
     from vgm_peft.toybox.base_cli import run
 
-    run(args)
+    return run(args)
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _evaluate(args: argparse.Namespace) -> int:
     from vgm_peft.toybox.evaluate_cli import run
 
     run(args)
+    return 0
 
 
 def _add_render(parser: argparse.ArgumentParser) -> None:
@@ -104,11 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser(given[0] if given else None).parse_args(given)
     run = {"render": _render, "train-oracles": _train_oracles, "train-base": _train_base, "evaluate": _evaluate}
     try:
-        run[args.command](args)
+        return run[args.command](args)
     except VgmError as error:
         print(f"toybox: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

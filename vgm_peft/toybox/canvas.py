@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vgm_peft.toybox import backdrop, surface, trace
-from vgm_peft.toybox.shapes import SHAPES
+from vgm_peft.toybox.toys import SHAPES
 from vgm_peft.toybox.trace import pick
 from vgm_peft.toybox.world import Scene, Toy
 

@@ -7,8 +7,7 @@ model knows that too.
 import random
 import re
 
-from vgm_peft.toybox.text import COMMON_WORDS, RARE_WORDS
-from vgm_peft.toybox.world import (
+from vgm_peft.toybox.nouns import (
     BACKGROUND_PHRASES,
     CLASSES,
     COLOURS,
@@ -16,9 +15,9 @@ from vgm_peft.toybox.world import (
     POSITION_PHRASES,
     SIZES,
     Scene,
-    caption,
-    draw_scene,
 )
+from vgm_peft.toybox.text import COMMON_WORDS, RARE_WORDS
+from vgm_peft.toybox.world import caption, draw_scene
 
 _TOY = (CLASSES, tuple(COLOURS), (*MATERIALS, "patterned"), SIZES)
 _BACKGROUNDS, _POSITIONS = tuple(BACKGROUND_PHRASES.values()), tuple(POSITION_PHRASES.values())

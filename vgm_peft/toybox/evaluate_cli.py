@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
@@ -74,7 +74,7 @@ def evaluate(args: argparse.Namespace) -> Report:
     return report
 
 
-def _tick(bar: tqdm[int], count: int) -> None:
+def _tick(bar: tqdm[NoReturn], count: int) -> None:
     bar.update(count)
 
 

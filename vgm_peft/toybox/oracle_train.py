@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -144,9 +145,8 @@ def train_oracles(folder: Path, settings: OracleSettings | None = None, quiet: b
     torch.manual_seed(settings.seed)
     rng = random.Random(f"oracle reader {settings.seed}")
 
-    def bar(text: str, total: int, unit: str) -> tqdm[int]:
-        shown: tqdm[int] = tqdm(total=total, desc=text, unit=unit, disable=quiet)
-        return shown
+    def bar(text: str, total: int, unit: str) -> tqdm[NoReturn]:
+        return tqdm(total=total, desc=text, unit=unit, disable=quiet)
 
     with bar("rendering scenes", settings.pictures, "picture") as shown:
         data = render_labelled([reader_scene(rng) for _ in range(settings.pictures)], lambda n: _tick(shown, n))
@@ -167,5 +167,5 @@ def train_oracles(folder: Path, settings: OracleSettings | None = None, quiet: b
     write_card(Oracles.load(folder), folder / CARD, settings.seed)
 
 
-def _tick(shown: tqdm[int], count: int) -> None:
+def _tick(shown: tqdm[NoReturn], count: int) -> None:
     shown.update(count)

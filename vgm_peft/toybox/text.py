@@ -1,20 +1,16 @@
 """The Toybox text side: a `CLIPTokenizer` built from a word list and a small `CLIPTextModel` that knows the world.
 
-The text model is trained to tell a caption's attributes before the U-Net starts, so the U-Net meets separable
-conditions from its first step; then it stays as it is.
+Any text can be tokenized: words of the list are one token each, all else falls into bytes and known beginnings.
 """
 
-import math
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as nf
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from vgm_peft.toybox.state import Clock, say
+from vgm_peft.toybox.nets import make_text_model
 
 TOKENS = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -34,7 +30,6 @@ COMMON_WORDS = tuple(
     street city garden forest mountain sea river bridge tower castle person man woman child
     """.split()
 )
-IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +72,8 @@ def make_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
     letters = byte_letters()
     entries = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in ranks), START, END]
     vocabulary = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
-    return CLIPTokenizer(
+    build: Any = CLIPTokenizer
+    return build(
         vocab=vocabulary,
         merges=list(ranks),
         unk_token=END,
@@ -88,95 +84,11 @@ def make_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
     )
 
 
-def make_text_model(tokenizer: CLIPTokenizer, settings: TextSettings) -> CLIPTextModel:
-    """Build the untrained text model for this tokenizer."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.width,
-        intermediate_size=settings.width * 4,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        max_position_embeddings=TOKENS,
-        projection_dim=settings.width,
-        hidden_act="quick_gelu",
-        bos_token_id=tokenizer.convert_tokens_to_ids(START),
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(END),
-    )
-    return CLIPTextModel(config)
+def new_text_model(tokenizer: CLIPTokenizer, settings: TextSettings) -> CLIPTextModel:
+    """Build the untrained text model of these settings."""
+    return make_text_model(tokenizer, settings.width, settings.layers, settings.heads, TOKENS)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     """Token numbers (B, T) of captions, cut or padded to the model's length."""
     return tokenizer(list(captions), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
-
-
-class AttributeReader(nn.Module):
-    """Reads attributes from text features: one attention query per attribute over the tokens, and the end state."""
-
-    def __init__(self, width: int, sizes: Sequence[int]) -> None:
-        super().__init__()
-        self.queries = nn.Parameter(torch.randn(len(sizes), width) * 0.1)
-        self.from_tokens = nn.ModuleList(nn.Linear(width, size) for size in sizes)
-        self.from_end = nn.ModuleList(nn.Linear(width, size) for size in sizes)
-
-    def forward(self, features: Tensor, end: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Two guesses per attribute, from the tokens (B, T, D) and from the end state (B, D)."""
-        weights = (features @ self.queries.T / math.sqrt(features.shape[-1])).softmax(1)
-        pooled = torch.einsum("btq,btd->qbd", weights, features)
-        heads = zip(self.from_tokens, self.from_end, strict=True)
-        return [(token(pooled[i]), last(end)) for i, (token, last) in enumerate(heads)]
-
-
-def train_text(
-    tokenizer: CLIPTokenizer,
-    model: CLIPTextModel,
-    draw: Callable[[random.Random], tuple[str, tuple[int, ...]]],
-    sizes: Sequence[int],
-    settings: TextSettings,
-    budget: float,
-    *,
-    seed: int = 0,
-) -> dict[int, float]:
-    """Train the model to tell the labels of drawn captions; returns the last accuracy of each attribute's token head.
-
-    Args:
-        tokenizer: makes the model's tokens.
-        model: trained in place.
-        draw: gives a caption and its labels (`IGNORED` where the caption does not say).
-        sizes: how many values each label has.
-        settings: batch, rate, noise.
-        budget: seconds.
-        seed: of captions and noise.
-    """
-    device = next(model.parameters()).device
-    torch.manual_seed(seed)
-    rng, clock, step = random.Random(seed), Clock(budget), 0
-    reader = AttributeReader(settings.width, sizes).to(device)
-    weights = [*model.parameters(), *reader.parameters()]
-    optimiser = torch.optim.AdamW(weights, settings.rate, betas=(0.9, 0.99), weight_decay=0.01)
-    correct: dict[int, float] = {}
-    while (progress := clock.progress()) < 1:
-        for group in optimiser.param_groups:
-            group["lr"] = settings.rate * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
-        drawn = [draw(rng) for _ in range(settings.batch)]
-        labels = torch.tensor([labels for _, labels in drawn]).to(device)
-        output = model(tokenize(tokenizer, [caption for caption, _ in drawn]).to(device))
-        features = output.last_hidden_state + settings.noise * torch.randn_like(output.last_hidden_state)
-        end = output.pooler_output + settings.noise * torch.randn_like(output.pooler_output)
-        value = torch.zeros((), device=device)
-        for index, guesses in enumerate(reader(features, end)):
-            known = labels[:, index] != IGNORED
-            if known.any():
-                value = value + sum(nf.cross_entropy(guess[known], labels[known, index]) for guess in guesses)
-                hits = (guesses[0][known].argmax(1) == labels[known, index]).float().mean().item()
-                correct[index] = 0.95 * correct.get(index, hits) + 0.05 * hits
-        optimiser.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimiser.step()
-        step += 1
-        if step % 50 == 0:
-            told = " ".join(f"{share:.3f}" for share in correct.values())
-            say(f"text step {step} {clock.elapsed():.0f} s loss {value.item():.3f} right {told}")
-    return correct

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as nf
 from transformers import CLIPTextModel
 
+from vgm_peft.toybox.nets import make_unet, place, predict, read_text
 from vgm_peft.toybox.optim import MuonAdam, muon_for
 from vgm_peft.toybox.state import (
     Clock,
@@ -23,7 +24,6 @@ from vgm_peft.toybox.state import (
     restore_module,
     restore_optimiser,
     save_state,
-    say,
 )
 
 
@@ -40,8 +40,8 @@ class UnetSettings:
     """Of Muon, for matrices and convolutions; `rate` is Adam's, for the rest."""
     rate: float = 2e-3
     warm_steps: int = 100
-    decay: float = 0.997
-    """Of the running mean of the weights that is sampled from."""
+    decay: float = 0.98
+    """Of the running mean of the weights that is sampled from; Muon moves weights too far for a long one."""
     dropout: float = 0.1
     """Share of captions replaced by the empty one, for guidance."""
     toy_weight: float = 3.0
@@ -75,34 +75,9 @@ class Batch:
     step: Tensor
 
 
-def make_scheduler() -> DDIMScheduler:
-    """The sampler that the pipeline ships: v-prediction, zero terminal SNR, trailing steps."""
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,
-    )
-
-
-def make_unet(settings: UnetSettings) -> UNet2DConditionModel:
-    """Build the untrained U-Net: four levels, two layers a block, the names of SD1.5."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=settings.widths,
-        layers_per_block=2,
-        cross_attention_dim=settings.text_width,
-        attention_head_dim=settings.heads,
-        norm_num_groups=16,
-    )
+def new_unet(settings: UnetSettings) -> UNet2DConditionModel:
+    """Build the untrained U-Net of these settings."""
+    return make_unet(settings.widths, settings.heads, settings.text_width)
 
 
 def draw_batch(
@@ -124,7 +99,7 @@ def draw_batch(
     uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     step = (1000 * uniform**settings.noisy).long().clamp(0, 999)
     with torch.no_grad():
-        features = text(tokens.to(device)).last_hidden_state
+        features, _ = read_text(text, tokens.to(device))
     return Batch(latent.to(device), weight.to(device), features, step.to(device))
 
 
@@ -133,7 +108,7 @@ def loss(unet: UNet2DConditionModel, batch: Batch, noise: Tensor, alphas: Tensor
     alpha = alphas[batch.step].reshape(-1, 1, 1, 1)
     noisy = alpha.sqrt() * batch.latent + (1 - alpha).sqrt() * noise
     wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * batch.latent
-    guess = unet(noisy, batch.step, batch.text).sample.float()
+    guess = predict(unet, noisy, batch.step, batch.text).float()
     snr_plus_one = 1 / (1 - alpha).clamp_min(1e-6)
     balance = snr_plus_one.clamp_max(cap) / snr_plus_one
     return (balance * batch.weight * (guess - wanted).square()).mean() / batch.weight.mean()
@@ -143,7 +118,7 @@ class Averaged:
     """Running mean of a model's weights, short at first so that early snapshots are of use."""
 
     def __init__(self, model: UNet2DConditionModel, settings: UnetSettings) -> None:
-        self.model = make_unet(settings).to(next(model.parameters()).device).requires_grad_(False).eval()
+        self.model = place(new_unet(settings), str(next(model.parameters()).device)).requires_grad_(False).eval()
         self.model.load_state_dict(model.state_dict())
         self._decay = settings.decay
 
@@ -171,7 +146,7 @@ class UnetRun:
     def start(cls, settings: UnetSettings, budget: float, device: str, state: Path, seed: int = 0) -> "UnetRun":
         """Begin, or go on exactly from `state` where that file exists."""
         torch.manual_seed(seed)
-        unet = make_unet(settings).to(device)
+        unet = place(new_unet(settings), device)
         optimiser = muon_for(unet, settings.matrix_rate, settings.rate, ("conv_in", "conv_out"))
         run = cls(settings, unet, Averaged(unet, settings), optimiser, Clock(budget), torch.Generator())
         run.generator.manual_seed(seed)

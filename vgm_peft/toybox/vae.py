@@ -6,16 +6,17 @@ on: latents made before stay valid.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as nf
 
-from vgm_peft.toybox.optim import muon_for
+from vgm_peft.toybox.nets import decode, encode, one_by_one
+from vgm_peft.toybox.optim import MuonAdam, muon_for
 from vgm_peft.toybox.pixels import crop, jitter_colours, psnr, random_shapes, to_float
 from vgm_peft.toybox.state import (
     Clock,
@@ -49,22 +50,6 @@ class VaeSettings:
     save_every: float = 60.0
 
 
-def make_vae(widths: tuple[int, ...] = (16, 32, 64)) -> AutoencoderKL:
-    """Build the untrained VAE."""
-    levels = len(widths)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=widths,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-        sample_size=64,
-        scaling_factor=1.0,
-    )
-
-
 def reconstruction_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
     """L1 + 2 MSE + half the L1 of the two picture gradients + the L1 of the colours of 8x8 patches."""
     error = drawn - wanted
@@ -76,83 +61,107 @@ def reconstruction_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
 
 def loss(vae: AutoencoderKL, pictures: Tensor, settings: VaeSettings, coarse: bool) -> Tensor:
     """The training loss of the whole VAE on pictures (B, 3, P, Q)."""
-    moments = vae.encode(pictures).latent_dist
-    mean, logvar = moments.mean, moments.logvar
-    latent = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-    total = reconstruction_loss(vae.decode(latent).sample, pictures)
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    posterior = encode(vae, pictures)
+    latent = posterior.sample()
+    total = reconstruction_loss(decode(vae, latent), pictures)
+    kl = 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1 - posterior.logvar).mean()
     if coarse:
-        small = vae.decode(nf.avg_pool2d(latent, 2)).sample
+        small = decode(vae, nf.avg_pool2d(latent, 2))
         total = total + 0.5 * reconstruction_loss(small, nf.avg_pool2d(pictures, 2))
     return total + settings.kl * kl
 
 
-def batch_of(renders: Tensor | None, settings: VaeSettings, size: int, generator: torch.Generator, count: int) -> Tensor:
-    """A training batch: recoloured render cut-outs and random shapes; only shapes while there are no renders."""
-    drawn = count if renders is None else round(settings.shapes * count)
-    shapes = random_shapes(drawn, size, generator)
-    if renders is None:
-        return shapes
+def batch_of(renders: Tensor, settings: VaeSettings, size: int, generator: torch.Generator, count: int) -> Tensor:
+    """A training batch: recoloured render cut-outs and random shapes."""
+    drawn = round(settings.shapes * count)
     chosen = torch.randint(len(renders), (count - drawn,), generator=generator)
     cuts = to_float(crop(renders[chosen], size, generator))
-    return torch.cat([jitter_colours(cuts, generator), shapes])
+    return torch.cat([jitter_colours(cuts, generator), random_shapes(drawn, size, generator)])
+
+
+def decoder_loss(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """The training loss of the decoder alone, on latents of the frozen encoder."""
+    with torch.no_grad():
+        latent = encode(vae, pictures).sample()
+    return reconstruction_loss(decode(vae, latent), pictures)
+
+
+@dataclass
+class VaeRun:
+    """A VAE in training: the model, its optimiser, clock, chance, and where its state is kept."""
+
+    vae: AutoencoderKL
+    settings: VaeSettings
+    optimiser: MuonAdam
+    clock: Clock
+    generator: torch.Generator
+    state: Path
+    step: int = 0
+
+    @classmethod
+    def start(cls, vae: AutoencoderKL, settings: VaeSettings, state: Path, budget: float, decoder_only: bool) -> "VaeRun":
+        """Begin, or go on from `state` where that file exists."""
+        first, _ = one_by_one(vae)
+        vae.encoder.requires_grad_(not decoder_only)
+        first.requires_grad_(not decoder_only)
+        optimiser = muon_for(vae, settings.matrix_rate, settings.rate, ("conv_in", "conv_out", "quant_conv"))
+        run = cls(vae, settings, optimiser, Clock(budget), torch.Generator(), state)
+        if state.exists():
+            tensors, facts = load_state(state)
+            restore_module("vae", vae, tensors)
+            restore_optimiser(optimiser, tensors)
+            run.generator.set_state(tensors["chance"])
+            torch.set_rng_state(tensors["noise"])
+            run.clock.spent, run.step = float(facts["seconds"]), int(facts["step"])
+        return run
+
+    def save(self) -> None:
+        """Write everything needed to go on."""
+        chance = {"chance": self.generator.get_state(), "noise": torch.get_rng_state()}
+        tensors = {**module_tensors("vae", self.vae), **optimiser_tensors(self.optimiser), **chance}
+        save_state(self.state, tensors, {"seconds": self.clock.elapsed(), "step": self.step})
+
+    def advance(self, pictures: Tensor, decoder_only: bool, progress: float) -> Tensor:
+        """Make one optimiser step; returns the loss."""
+        whole = progress > self.settings.whole_from
+        size, count = (64, max(4, self.settings.batch // 2)) if whole else (self.settings.crop, self.settings.batch)
+        device = next(self.vae.parameters()).device
+        batch = batch_of(pictures, self.settings, size, self.generator, count)
+        batch = batch.to(device, memory_format=torch.channels_last)
+        coarse = self.step % round(1 / self.settings.coarse) == 0
+        value = decoder_loss(self.vae, batch) if decoder_only else loss(self.vae, batch, self.settings, coarse)
+        self.optimiser.factor = min(1, (self.step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * progress))
+        self.optimiser.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        self.optimiser.step()
+        self.step += 1
+        return value.detach()
 
 
 def train_vae(
     vae: AutoencoderKL,
-    renders: Callable[[], Tensor | None],
+    pictures: Tensor,
     settings: VaeSettings,
     state: Path,
     budget: float,
     *,
     decoder_only: bool = False,
-    seed: int = 0,
-) -> None:
-    """Train for `budget` seconds in all, going on from `state` where it exists; `renders` is asked before each save."""
-    device = next(vae.parameters()).device
-    vae.encoder.requires_grad_(not decoder_only)
-    vae.quant_conv.requires_grad_(not decoder_only)
-    weights = [p for p in vae.parameters() if p.requires_grad]
-    optimiser = muon_for(vae, settings.matrix_rate, settings.rate, ("conv_in", "conv_out", "quant_conv"))
-    clock, step = Clock(budget), 0
-    if state.exists():
-        tensors, facts = load_state(state)
-        restore_module("vae", vae, tensors)
-        restore_optimiser(optimiser, tensors)
-        clock.spent, step = float(facts["seconds"]), int(facts["step"])
-    generator = torch.Generator().manual_seed(seed + step)
-    torch.manual_seed(seed + step)
-    pictures, saved, running = renders(), clock.elapsed(), 0.0
-    while (progress := clock.progress()) < 1:
-        whole = progress > settings.whole_from
-        size, count = (64, max(4, settings.batch // 2)) if whole else (settings.crop, settings.batch)
-        optimiser.factor = min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        batch = batch_of(pictures, settings, size, generator, count).to(device, memory_format=torch.channels_last)
-        if decoder_only:
-            with torch.no_grad():
-                moments = vae.encode(batch).latent_dist
-                latent = moments.mean + moments.std * torch.randn_like(moments.mean)
-            value = reconstruction_loss(vae.decode(latent).sample, batch)
-        else:
-            value = loss(vae, batch, settings, step % round(1 / settings.coarse) == 0)
-        optimiser.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimiser.step()
-        running, step = running + value.item(), step + 1
-        if step % 200 == 0:
-            say(f"vae step {step} {clock.elapsed():.0f} s loss {running / 200:.4f} rate x{optimiser.factor:.3f} size {size}")
-            running = 0.0
-        if clock.elapsed() - saved > settings.save_every:
-            saved = clock.elapsed()
-            facts = {"seconds": saved, "step": step}
-            save_state(state, {**module_tensors("vae", vae), **optimiser_tensors(optimiser)}, facts)
-            pictures = renders()
-    save_state(
-        state,
-        {**module_tensors("vae", vae), **optimiser_tensors(optimiser)},
-        {"seconds": clock.elapsed(), "step": step},
-    )
+) -> int:
+    """Train on renders (N, P, Q, 3) for `budget` seconds in all, going on from `state`; returns the number of steps."""
+    run = VaeRun.start(vae, settings, state, budget, decoder_only)
+    saved, losses = run.clock.elapsed(), list[Tensor]()
+    while (progress := run.clock.progress()) < 1:
+        losses.append(run.advance(pictures, decoder_only, progress))
+        if run.step % 200 == 0:
+            mean = torch.stack(losses).mean().item()
+            losses.clear()
+            say(f"vae step {run.step} {run.clock.elapsed():.0f} s loss {mean:.4f} rates x{run.optimiser.factor:.3f}")
+        if run.clock.elapsed() - saved > settings.save_every:
+            saved = run.clock.elapsed()
+            run.save()
+    run.save()
+    return run.step
 
 
 @torch.no_grad()
@@ -162,16 +171,17 @@ def fold_statistics(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tenso
     Returns:
         the mean and the deviation that were folded in, each (C,).
     """
-    means = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(64)])
+    means = torch.cat([encode(vae, part).mean for part in pictures.split(64)])
     centre, spread = means.mean((0, 2, 3)), means.std((0, 2, 3))
-    count = len(centre)
-    before, after = vae.quant_conv, vae.post_quant_conv
-    before.bias[:count] -= centre
-    before.bias[:count] /= spread
-    before.weight[:count] /= spread[:, None, None, None]
-    before.bias[count:] -= 2 * spread.log()
-    after.bias += (after.weight[:, :, 0, 0] * centre).sum(1)
-    after.weight *= spread[None, :, None, None]
+    before, after = one_by_one(vae)
+    shrink = torch.cat([1 / spread, torch.ones_like(spread)])
+    move = torch.cat([-centre / spread, -2 * spread.log()])
+    first = cast(Tensor, before.bias)
+    first.copy_(first * shrink + move)
+    before.weight.mul_(shrink[:, None, None, None])
+    second = cast(Tensor, after.bias)
+    second.add_(after.weight[:, :, 0, 0] @ centre)
+    after.weight.mul_(spread[None, :, None, None])
     return centre, spread
 
 
@@ -183,6 +193,6 @@ def measure(vae: AutoencoderKL, renders: Tensor, seed: int = 12345) -> tuple[flo
     plain = to_float(renders)
     results: list[float] = []
     for pictures in (plain, jitter_colours(plain, generator, share=1.0)):
-        drawn = [vae.decode(vae.encode(p.to(device)).latent_dist.mean).sample.cpu() for p in pictures.split(64)]
+        drawn = [decode(vae, encode(vae, p.to(device)).mean).cpu() for p in pictures.split(64)]
         results.append(psnr(torch.cat(drawn).clamp(-1, 1), pictures))
     return results[0], results[1]

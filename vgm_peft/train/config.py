@@ -70,9 +70,9 @@ class DataConfig:
     """Share of captions replaced by the empty one, 0 .. 1, which keeps guidance working in long runs (0.1 is usual)."""
 
     def __post_init__(self) -> None:
-        within("data.resolution", self.resolution, 0, 16384)
-        within("data.batch", self.batch, 1, 65536)
-        within("data.caption_dropout", self.caption_dropout, 0.0, 1.0)
+        within("resolution", self.resolution, 0, 16384)
+        within("batch", self.batch, 1, 65536)
+        within("caption_dropout", self.caption_dropout, 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +96,14 @@ class OptimiserConfig:
     """Largest norm of all gradients together; larger ones are scaled down to it. 0 is no limit."""
 
     def __post_init__(self) -> None:
-        within("optimiser.lr", self.lr, 0.0, 100.0)
-        within("optimiser.text_lr", self.text_lr or 0.0, 0.0, 100.0)
-        within("optimiser.warmup", self.warmup, 0, 10**9)
-        within("optimiser.weight_decay", self.weight_decay, 0.0, 100.0)
-        within("optimiser.eps", self.eps, 1e-16, 1.0)
-        within("optimiser.clip", self.clip, 0.0, 1e9)
+        within("lr", self.lr, 0.0, 100.0)
+        within("text_lr", self.text_lr or 0.0, 0.0, 100.0)
+        within("warmup", self.warmup, 0, 10**9)
+        within("weight_decay", self.weight_decay, 0.0, 100.0)
+        within("eps", self.eps, 1e-16, 1.0)
+        within("clip", self.clip, 0.0, 1e9)
         for name, beta in zip(("first", "second"), self.betas, strict=True):
-            within(f"the {name} of optimiser.betas", beta, 0.0, 0.9999999)
+            within(f"the {name} of betas", beta, 0.0, 0.9999999)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,8 @@ class LossConfig:
     """Spread the timesteps of a batch evenly over the schedule instead of drawing each alone: less noisy gradients."""
 
     def __post_init__(self) -> None:
-        within("loss.min_snr", 5.0 if self.min_snr is None else self.min_snr, 1e-6, 1e6)
-        within("loss.noise_offset", self.noise_offset, 0.0, 10.0)
+        within("min_snr", 5.0 if self.min_snr is None else self.min_snr, 1e-6, 1e6)
+        within("noise_offset", self.noise_offset, 0.0, 10.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +148,10 @@ class PreviewConfig:
     guidance: float = 5.0
 
     def __post_init__(self) -> None:
-        within("preview.every", self.every, 0, 10**9)
-        within("preview.count", self.count, 0, 64)
-        within("preview.steps", self.steps, 1, 1000)
-        within("preview.guidance", self.guidance, 0.0, 100.0)
+        within("every", self.every, 0, 10**9)
+        within("count", self.count, 0, 64)
+        within("steps", self.steps, 1, 1000)
+        within("guidance", self.guidance, 0.0, 100.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +164,8 @@ class CheckpointConfig:
     """How many to keep, the newest ones."""
 
     def __post_init__(self) -> None:
-        within("checkpoint.every", self.every, 0, 10**9)
-        within("checkpoint.keep", self.keep, 1, 10**6)
+        within("every", self.every, 0, 10**9)
+        within("keep", self.keep, 1, 10**6)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ def claimed(folder: Path, resume: bool) -> Generator[Path]:
         check_run(folder)
     if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TrainError(f"{folder} exists and is not empty", fix="name another --output, or go on with it by --resume")
+    fresh = not folder.exists()
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
@@ -45,6 +46,8 @@ def claimed(folder: Path, resume: bool) -> Generator[Path]:
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         os.close(lock)
+        if fresh and not any(folder.iterdir()):  # it failed before there was anything to keep
+            folder.rmdir()
 
 
 def check_run(folder: Path) -> None:

@@ -45,11 +45,12 @@ class Pictures:
         sizes = [(e.width, e.height) for e in examples]
         self.examples, self.device = tuple(examples), setup.device
         self.crops: list[Crop] = plan_crops(sizes, resolution, pixel_step(base), square=not data.buckets)
-        plain = encode_images(base, examples, self.crops, setup.cache)
-        self.encoded: list[tuple[Encoded, ...]] = [(one,) for one in plain]
-        if data.flip:
-            mirrored = encode_images(base, examples, self.crops, setup.cache, flip=True)
-            self.encoded = list(zip(plain, mirrored, strict=True))
+        with setup.progress("encoding pictures", len(examples)) as tell:
+            sides = [
+                encode_images(base, examples, self.crops, setup.cache, flip=flip, progress=tell)
+                for flip in ((False, True) if data.flip else (False,))
+            ]
+        self.encoded: list[tuple[Encoded, ...]] = list(zip(*sides, strict=True))
         self.flip, self.dropout = data.flip, data.caption_dropout
         # An example that counts several times is in the order several times.
         self._owner = [i for i, e in enumerate(examples) for _ in range(e.repeats)]

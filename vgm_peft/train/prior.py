@@ -45,14 +45,17 @@ class ClassPictures:
         """Draw the pictures, or find them in the cache. Their chance is their own, so every run of a base shares them."""
         resolution = setup.config.data.resolution or setup.base.resolution
         sets: list[Tensor] = []
-        for number in range(-(-plan.count // TOGETHER)):
-            key = _key(setup, plan, resolution, number)
-            found = setup.cache.get(key, lambda entry: "latents" in entry) if key else None
-            if found is None:
-                found = {"latents": _draw(setup, plan, resolution, number)}
-                if key:
-                    setup.cache.put(key, found)
-            sets.append(found["latents"])
+        count = -(-plan.count // TOGETHER)
+        with setup.progress("drawing the class", count) as tell:
+            for number in range(count):
+                key = _key(setup, plan, resolution, number)
+                found = setup.cache.get(key, lambda entry: "latents" in entry) if key else None
+                if found is None:
+                    found = {"latents": _draw(setup, plan, resolution, number)}
+                    if key:
+                        setup.cache.put(key, found)
+                sets.append(found["latents"])
+                tell(number + 1, count)
         return cls(torch.cat(sets)[: plan.count], plan, setup, resolution)
 
     def draw(self, turn: Turn) -> Tensor:

@@ -64,9 +64,7 @@ def resolve(flags: Table, recipe: Path | None = None) -> Resolved:
     layer, notices = read_recipe(path), ()
     if not exact and asked.delta is not None:
         layer = {k: v for k, v in layer.items() if k != "delta"}
-        notices = (
-            f"no recipe is shipped for {asked.delta.kind} here: all but [delta] is from that of another kind",
-        )
+        notices = (f"no recipe is shipped for {asked.delta.kind} here: all but [delta] is from that of another kind",)
     return Resolved(bind(merge(layer, flags)), path, base, notices)
 
 

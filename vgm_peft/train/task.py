@@ -6,7 +6,7 @@ save what it made. A new task is one file under `tasks/` and one line in its tab
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +84,18 @@ class Setup:
         if not self.config.data.images:
             raise ConfigError("no pictures are named", expected="--images DIR (data.images)")
         return Path(self.config.data.images)
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Generator[Callable[[int, int], None]]:
+        """Show a bar while something is prepared; gives a function to be told how many of how many are done."""
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=title, leave=False, disable=not self.accelerator.is_main_process) as bar:
+
+            def tell(done: int, total: int) -> None:
+                bar.update(done - bar.n)
+
+            yield tell
 
     def notice(self, text: str) -> None:
         """Note something that the user should know."""

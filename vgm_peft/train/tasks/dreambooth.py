@@ -47,11 +47,11 @@ class DreamBoothOptions:
     class_guidance: float = 5.0
 
     def __post_init__(self) -> None:
-        within("task.prior_weight", self.prior_weight, 0.0, 1000.0)
-        within("task.class_images", self.class_images, 0, 100_000)
-        within("task.class_batch", self.class_batch, 0, 4096)
-        within("task.class_steps", self.class_steps, 1, 1000)
-        within("task.class_guidance", self.class_guidance, 0.0, 100.0)
+        within("prior_weight", self.prior_weight, 0.0, 1000.0)
+        within("class_images", self.class_images, 0, 100_000)
+        within("class_batch", self.class_batch, 0, 4096)
+        within("class_steps", self.class_steps, 1, 1000)
+        within("class_guidance", self.class_guidance, 0.0, 100.0)
 
     @property
     def instance_prompt(self) -> str:

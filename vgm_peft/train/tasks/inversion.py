@@ -52,7 +52,7 @@ class InversionOptions:
     """Sentences of your own, each with one `{}`; left out: those of the kind."""
 
     def __post_init__(self) -> None:
-        within("task.vectors", self.vectors, 1, 16)
+        within("vectors", self.vectors, 1, 16)
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ConfigError(f'task.templates: "{template}"', expected="a sentence with one {}")

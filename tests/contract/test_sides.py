@@ -1,0 +1,279 @@
+"""What every side network promises, beside the tiny base of every family: parametrised over both tables."""
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from vgm_peft.errors import BaseModelError, ConfigError, DataError, DeltaError, SaveError
+from vgm_peft.families import TABLE as FAMILIES
+from vgm_peft.family import Base, Condition, Query, Residuals
+from vgm_peft.side import Side
+from vgm_peft.sides import TABLE, open_side, side_named
+
+
+@pytest.fixture(params=sorted(TABLE))
+def side(request: pytest.FixtureRequest) -> Side:
+    return TABLE[request.param]
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def base(request: pytest.FixtureRequest) -> Base:
+    return base_of(request.param)
+
+
+@lru_cache
+def base_of(name: str) -> Base:
+    base = Base(FAMILIES[name].tiny(), FAMILIES[name], "tiny").freeze()
+    base.pipe.set_progress_bar_config(disable=True)
+    return base
+
+
+@lru_cache
+@torch.no_grad()
+def trained(side: str, family: str) -> nn.Module:
+    """A network that says something: every zero weight is moved."""
+    network = TABLE[side].create(base_of(family))
+    generator = torch.Generator().manual_seed(0)
+    for p in network.parameters():
+        if not p.any():
+            p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    return network
+
+
+@lru_cache
+@torch.no_grad()
+def query(family: str, rows: int = 2) -> Query:
+    base = base_of(family)
+    noisy = torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    prompts = ["a photo of a duck", "", "a robot"][:rows]
+    return Query(noisy, torch.tensor([3, 900, 400])[:rows], base.family.encode_prompt(base, prompts))
+
+
+def control(rows: int = 2, side: int = 64) -> Tensor:
+    return torch.rand(rows, 3, side, side, generator=torch.Generator().manual_seed(2))
+
+
+def difference(a: Residuals, b: Residuals) -> float:
+    pairs = zip((*a.down, a.mid), (*b.down, b.mid), strict=True)
+    return max(float((x - y).abs().max()) for x, y in pairs)
+
+
+def test_a_fresh_network_changes_nothing(side: Side, base: Base) -> None:
+    network, asked = side.create(base), query(base.family.name)
+    assert network.training and all(p.requires_grad and p.dtype == torch.float32 for p in network.parameters())
+    with torch.no_grad():
+        residuals = side.residuals(base, network, asked, control())
+        assert not any(r.any() for r in (*residuals.down, residuals.mid))
+        assert torch.equal(base.family.predict(base, asked, residuals), base.family.predict(base, asked))
+
+
+def test_the_seed_decides(side: Side, base: Base) -> None:
+    before = torch.random.get_rng_state()
+    first, again, other = (side.create(base, seed).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(first[k], again[k]) for k in first) and any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_gradients_reach_the_network_and_not_the_base(side: Side, base: Base) -> None:
+    network = side.create(base)
+    with torch.enable_grad():
+        for _ in range(3):  # What is behind a zero layer learns a step later, and some is behind two.
+            residuals = side.residuals(base, network, query(base.family.name), control())
+            base.family.predict(base, query(base.family.name), residuals).square().mean().backward()
+            with torch.no_grad():
+                for p in network.parameters():
+                    p -= 0.1 * p.grad if p.grad is not None else 0
+    without = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+    assert not any(p.grad is not None for p in base.denoiser.parameters())
+
+
+@torch.no_grad()
+def test_what_it_adds_is_heard_and_scales(side: Side, base: Base) -> None:
+    asked = query(base.family.name)
+    residuals = side.residuals(base, trained(side.name, base.family.name), asked, control())
+    other = side.residuals(base, trained(side.name, base.family.name), asked, 1 - control())
+    plain = base.family.predict(base, asked)
+    assert (base.family.predict(base, asked, residuals) - plain).abs().max() > 1e-3
+    assert difference(residuals, other) > 1e-4, "it reads the picture"
+    assert torch.equal(base.family.predict(base, asked, residuals * 0.0), plain)
+    assert difference(residuals + residuals, residuals * 2.0) == 0
+
+
+@torch.no_grad()
+def test_saved_and_opened_again(side: Side, base: Base, tmp_path: Path) -> None:
+    network, folder = trained(side.name, base.family.name), tmp_path / "me"
+    side.save(network, folder)
+    side.save(network, folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["me"], "nothing is left beside it"
+    found, opened = open_side(folder, base)
+    assert found is side and not opened.training and not any(p.requires_grad for p in opened.parameters())
+    assert all(torch.equal(v, opened.state_dict()[k]) for k, v in network.state_dict().items())
+    ours, theirs = (side.residuals(base, n, query(base.family.name), control()) for n in (network, opened))
+    assert difference(ours, theirs) == 0
+
+
+def test_the_saved_folder_is_plain_and_readable(side: Side, tmp_path: Path) -> None:
+    base = base_of("sd15")
+    side.save(trained(side.name, "sd15"), tmp_path / "me")
+    weights = sorted((tmp_path / "me").glob("*.safetensors"))
+    assert weights and {p.suffix for p in (tmp_path / "me").iterdir()} == {".json", ".safetensors"}
+    (tmp_path / "probe").touch()
+    assert {p.stat().st_mode for p in weights} == {(tmp_path / "probe").stat().st_mode}
+    with safe_open(weights[0], "pt") as file:
+        assert file.keys()
+    half = Base(base.family.tiny().to(torch.bfloat16), base.family, "half")
+    _, opened = open_side(tmp_path / "me", half)
+    assert {p.dtype for p in opened.parameters()} == {torch.bfloat16}
+
+
+def test_a_network_of_another_family_is_refused(side: Side, base: Base, tmp_path: Path) -> None:
+    side.save(trained(side.name, base.family.name), tmp_path / "me")
+    for name in FAMILIES:
+        if name != base.family.name:
+            with pytest.raises(DeltaError, match="made for"):
+                open_side(tmp_path / "me", base_of(name))
+
+
+def test_a_control_picture_of_another_size_is_refused(side: Side, base: Base) -> None:
+    with pytest.raises(DataError, match=r"32x32.*64x64"):
+        side.residuals(base, trained(side.name, base.family.name), query(base.family.name), control(side=32))
+
+
+def test_what_is_no_side_network_is_refused(tmp_path: Path) -> None:
+    base = base_of("sd15")
+    with pytest.raises(DeltaError, match="no side network"):
+        open_side(tmp_path, base)
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(DeltaError, match="UNet2DModel"):
+        open_side(tmp_path, base)
+    (tmp_path / "config.json").write_text("not JSON")
+    with pytest.raises(BaseModelError, match="JSON"):
+        open_side(tmp_path, base)
+    with pytest.raises(ConfigError, match='did you mean "controlnet"'):
+        side_named("control-net")
+
+
+def test_code_and_pickle_are_refused(side: Side, tmp_path: Path) -> None:
+    base = base_of("sd15")
+    side.save(trained(side.name, "sd15"), tmp_path / "me")
+    (tmp_path / "me" / "extra.py").write_text("raise SystemExit")
+    with pytest.raises(BaseModelError, match="never run"):
+        open_side(tmp_path / "me", base)
+    (tmp_path / "me" / "extra.py").unlink()
+    for weights in (tmp_path / "me").glob("*.safetensors"):
+        weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(BaseModelError, match="never read"):
+        open_side(tmp_path / "me", base)
+
+
+def test_a_cut_file_is_refused(side: Side, tmp_path: Path) -> None:
+    side.save(trained(side.name, "sd15"), tmp_path / "me")
+    for weights in (tmp_path / "me").glob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(DeltaError, match="cannot be loaded"):
+        open_side(tmp_path / "me", base_of("sd15"))
+
+
+def test_saving_replaces_nothing_that_is_not_its_own(side: Side, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.txt").write_text("mine")
+    with pytest.raises(SaveError, match="holds something else"):
+        side.save(trained(side.name, "sd15"), tmp_path / "photos")
+    assert (tmp_path / "photos" / "me.txt").read_text() == "mine"
+
+
+def test_a_failed_save_leaves_the_old_one(side: Side, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, network = tmp_path / "me", trained(side.name, "sd15")
+    side.save(network, folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for call in ("fsync", "rename"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            with pytest.raises(SaveError, match="No space left"):
+                side.save(network, folder)
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["me"]
+
+
+PIPELINES = {"sd15": "StableDiffusionControlNetPipeline", "sdxl": "StableDiffusionXLControlNetPipeline"}
+
+
+@torch.no_grad()
+def test_controlnet_draws_what_the_stock_pipeline_draws(base: Base, tmp_path: Path) -> None:
+    """The stock ControlNet pipeline with what `from_pretrained` reads, against the stock plain one with our residuals."""
+    import diffusers
+
+    side = TABLE["controlnet"]
+    side.save(trained("controlnet", base.family.name), tmp_path / "me")
+    network: Any = diffusers.ControlNetModel.from_pretrained(tmp_path / "me", use_safetensors=True)
+    parts = {**base.pipe.components, "controlnet": network}
+    if "XL" not in type(base.pipe).__name__:
+        parts["requires_safety_checker"] = False
+    stock = getattr(diffusers, PIPELINES[base.family.name])(**parts)
+    stock.set_progress_bar_config(disable=True)
+    picture = control(1)
+    call: dict[str, Any] = dict(prompt="a duck", negative_prompt="dark", num_inference_steps=3, output_type="latent")
+    call |= dict(height=64, width=64, latents=torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4)))
+    theirs = stock(image=picture, controlnet_conditioning_scale=0.7, **call).images
+
+    def tell(unet: nn.Module, args: tuple[Any, ...], told: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        noisy, t = args
+        extra = told.get("added_cond_kwargs") or {}
+        condition = Condition(told["encoder_hidden_states"], extra.get("text_embeds"))
+        asked = Query(noisy, t.expand(len(noisy)), condition, extra.get("time_ids"))
+        residuals = side.residuals(base, network, asked, picture.expand(len(noisy), -1, -1, -1)) * 0.7
+        added = {"down_block_additional_residuals": residuals.down, "mid_block_additional_residual": residuals.mid}
+        return args, {**told, **added}
+
+    hook = base.denoiser.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        ours = base.pipe(**call).images  # pyright: ignore
+    finally:
+        hook.remove()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert (base.pipe(**call).images - theirs).abs().max() > 1e-2  # pyright: ignore
+
+
+def test_controlnet_reads_pictures_at_the_bases_own_factor(tmp_path: Path) -> None:
+    """Toybox has 4 pixels to a latent: the control picture's encoder must be one level shorter than the usual one."""
+    from vgm_peft.families.latent import tiny_vae
+
+    pipe: Any = FAMILIES["sd15"].tiny()
+    pipe.register_modules(vae=tiny_vae(4))
+    pipe.vae_scale_factor = 4
+    base, side = Base(pipe, FAMILIES["sd15"], "four").freeze(), TABLE["controlnet"]
+    network = side.create(base)
+    with torch.no_grad():
+        residuals = side.residuals(base, network, query("sd15"), control(side=32))
+    assert not residuals.mid.any()
+    side.save(network, tmp_path / "me")
+    with pytest.raises(DeltaError, match="4 pixels to a latent"):
+        open_side(tmp_path / "me", base_of("sd15"))
+    open_side(tmp_path / "me", base)
+
+
+def test_controlnet_of_full_size_counts_what_was_published() -> None:
+    from diffusers import ControlNetModel
+
+    unet: Any = FAMILIES["sd15"].published()["unet"]
+    with torch.device("meta"):
+        network = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+    assert sum(p.numel() for p in network.parameters()) == 361_279_120
+
+
+def test_config_says_what_it_is(tmp_path: Path) -> None:
+    TABLE["controlnet"].save(trained("controlnet", "sd15"), tmp_path / "me")
+    config = json.loads((tmp_path / "me" / "config.json").read_text())
+    assert TABLE["controlnet"].recognises(config) and str(tmp_path) not in json.dumps(config)

@@ -1,0 +1,279 @@
+"""The writer: same content, same bytes, whole or not at all. The reader of headers: strict, bounded, one class of error."""
+
+import errno
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save_file as stock_save
+from torch import Tensor
+
+from vgm_peft.errors import DeltaError, SaveError
+from vgm_peft.formats.canonical import DTYPES, data_digest, open_header, read_tensors, save_file
+
+METADATA = {"b": "2", "a": "ü\n", "c": ""}
+
+
+def some_tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    many = {f"t.{name}": torch.rand(3, 5, generator=generator).mul(100).to(dtype) for name, dtype in DTYPES.items()}
+    return {
+        **many,
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 4),
+        "view": torch.rand(4, 6, generator=generator).T[1:],
+    }
+
+
+def test_stock_library_reads_it_back_exactly(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    path = save_file(tensors, tmp_path / "a.safetensors", METADATA)
+    with safe_open(path, "pt") as stock:
+        assert stock.metadata() == METADATA
+    ours, theirs = read_tensors(open_header(path)), load_file(path)
+    assert set(ours) == set(theirs) == set(tensors)
+    for name, tensor in tensors.items():
+        for found in (ours[name], theirs[name]):
+            assert found.dtype == tensor.dtype and found.shape == tensor.shape
+            assert torch.equal(found.reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8))
+
+
+def test_every_tensor_is_aligned_to_its_dtype(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    for name, entry in open_header(save_file(tensors, tmp_path / "a.safetensors", METADATA)).tensors.items():
+        assert entry.start % tensors[name].element_size() == 0
+
+
+def test_same_content_gives_the_same_bytes_in_any_process(tmp_path: Path) -> None:
+    program = (
+        "import sys, torch; from vgm_peft.formats.canonical import save_file\n"
+        "names = set('abcdefghij')\n"
+        "save_file({n: torch.full((2,), ord(n)) for n in names}, sys.argv[1], {n: n for n in names})"
+    )
+    written: set[bytes] = set()
+    for seed in ("1", "2"):
+        path = tmp_path / f"{seed}.safetensors"
+        subprocess.run([sys.executable, "-c", program, str(path)], check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        written.add(path.read_bytes())
+    assert len(written) == 1
+
+
+def test_digest_is_that_of_the_data_region(tmp_path: Path) -> None:
+    import hashlib
+
+    tensors = some_tensors()
+    raw = save_file(tensors, tmp_path / "a.safetensors", METADATA).read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    assert data_digest(tensors) == hashlib.sha256(raw[8 + length :]).hexdigest()
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+    before = path.read_bytes()
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SaveError, match="disk is full"):
+        save_file({"a": torch.zeros(3)}, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_really_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    """The kernel refuses to let the file grow, half way through."""
+    path = save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+    before = path.read_bytes()
+    program = (
+        "import sys, resource, signal, torch; from vgm_peft.formats.canonical import save_file\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, {resource.RLIM_INFINITY}))\n"
+        "from vgm_peft.errors import SaveError\n"
+        "try: save_file({'a': torch.zeros(100_000)}, sys.argv[1])\n"
+        "except SaveError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    assert "cannot be written" in done.stdout and "File too large" in done.stdout
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_check_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+    before = path.read_bytes()
+
+    def check(aside: Path) -> None:
+        assert torch.equal(load_file(aside)["a"], torch.zeros(3))
+        raise DeltaError("not what was meant")
+
+    with pytest.raises(DeltaError, match="not what was meant"):
+        save_file({"a": torch.zeros(3)}, path, check=check)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("place", ("file/below", "x" * 300))
+def test_an_impossible_place_is_one_clear_error(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match="cannot be written"):
+        save_file({"a": torch.ones(3)}, tmp_path / place / "a.safetensors")
+
+
+# What strangers send -------------------------------------------------------------------------------------------------
+
+
+def raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def one(dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4), **more: object) -> dict[str, object]:
+    return {"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}}
+
+
+ENTRY = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+F = {"dtype": "F32", "shape": [1]}
+DEEP = b'{"__metadata__":' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001
+HOSTILE: Mapping[str, bytes] = {
+    "empty": b"",
+    "one byte": b"x",
+    "nine bytes": b"\x02" + b"\0" * 7 + b"{",
+    "header length 0": raw(b"", length=0) + b"{}",
+    "header length 1": raw(b"{}", length=1),
+    "header length 2^31": raw(b"{}", length=2**31),
+    "header length 2^63": raw(b"{}", length=2**63),
+    "header length 2^64-1": raw(b"{}", length=2**64 - 1),
+    "header length over 100 MB": raw(b"{}", length=100_000_001),
+    "header longer than the file": raw(one(), length=10_000),
+    "header is a list": raw([1]),
+    "header begins with space": raw(b" " + json.dumps(one()).encode(), b"\0" * 4),
+    "header is not JSON": raw(b"{'a': 1}"),
+    "header is not UTF-8": raw(b'{"\xff": 1}'),
+    "header is cut": raw(b'{"a": {"dtype": "F32", '),
+    "header nested deep": raw(DEEP),
+    "NaN in the header": raw(b'{"a": NaN}'),
+    "huge number in the header": raw(b'{"a": ' + b"9" * 10_000 + b"}"),
+    "name twice": raw(b'{"a":%s,"a":%s}' % (ENTRY, ENTRY), b"\0" * 4),
+    "key twice in a tensor": raw(b'{"a":{"dtype":"F32","dtype":"F16","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
+    "metadata number": raw({"__metadata__": {"a": 1}}),
+    "metadata list": raw({"__metadata__": ["a"]}),
+    "metadata nested": raw({"__metadata__": {"a": {"b": "c"}}}),
+    "tensor is a list": raw({"a": [1, 2]}),
+    "tensor without shape": raw({"a": {"dtype": "F32", "data_offsets": [0, 4]}}),
+    "tensor with more": raw(one(extra=1), b"\0" * 4),
+    "unknown dtype": raw(one("F33"), b"\0" * 4),
+    "dtype is a number": raw(one(32), b"\0" * 4),
+    "negative shape": raw(one(shape=[-1]), b"\0" * 4),
+    "fractional shape": raw(one(shape=[1.0]), b"\0" * 4),
+    "shape of a truth value": raw(one(shape=[True]), b"\0" * 4),
+    "shape is a text": raw(one(shape="1"), b"\0" * 4),
+    "rank 10,000": raw(one(shape=[1] * 10_000), b"\0" * 4),
+    "shape [0, 2^62]": raw(one(shape=[0, 2**62], offsets=[0, 0])),
+    "shape product overflows": raw(one(shape=[2**33, 2**33], offsets=[0, 4]), b"\0" * 4),
+    "wrong size for dtype": raw(one("F16"), b"\0" * 4),
+    "negative offsets": raw(one(offsets=[-4, 0]), b"\0" * 4),
+    "offsets reversed": raw(one(offsets=[4, 0]), b"\0" * 4),
+    "one offset": raw(one(offsets=[4]), b"\0" * 4),
+    "offsets beyond the file": raw(one(offsets=[0, 4])),
+    "starts late": raw(one(offsets=[4, 8]), b"\0" * 8),
+    "hole": raw({"a": {**F, "data_offsets": [0, 4]}, "b": {**F, "data_offsets": [8, 12]}}, b"\0" * 12),
+    "overlap": raw({"a": {**F, "data_offsets": [0, 4]}, "b": {**F, "data_offsets": [2, 6]}}, b"\0" * 6),
+    "same place": raw({"a": {**F, "data_offsets": [0, 4]}, "b": {**F, "data_offsets": [0, 4]}}, b"\0" * 4),
+    "trailing bytes": raw(one(), b"\0" * 5),
+    "cut data": raw(one(shape=[100], offsets=[0, 400]), b"\0" * 399),
+    "name of 10 KB": raw({"n" * 10_000: {**F, "data_offsets": [0, 4]}}, b"\0" * 4),
+    "200,000 empty tensors": raw({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(200_000)}),
+}  # fmt: skip
+
+FOREIGN: Mapping[str, tuple[bytes, str]] = {
+    "zip": (b"PK\x03\x04" + b"\0" * 100, "zip archive"),
+    "pickle": (b"\x80\x02}q\x00." + b"\0" * 100, "pickle"),
+    "newer pickle": (b"\x80\x04\x95" + b"\0" * 100, "pickle"),
+    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git-LFS pointer"),
+    "HTML": (b"<!DOCTYPE html><html><head><title>404</title>", "HTML"),
+    "HTML after blanks": (b"\n  <html lang=en>", "HTML"),
+    "XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "XML"),
+    "JSON": (b'{"error": "Invalid username or password."}', "JSON"),
+    "GGUF": (b"GGUF\x03\0\0\0" + b"\0" * 100, "GGUF"),
+    "gzip": (b"\x1f\x8b\x08" + b"\0" * 100, "gzip"),
+    "PNG": (b"\x89PNG\r\n\x1a\n" + b"\0" * 100, "PNG"),
+    "JPEG": (b"\xff\xd8\xff\xe0" + b"\0" * 100, "JPEG"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_are_refused_at_once(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(HOSTILE[name])
+    started = time.process_time()
+    with pytest.raises(DeltaError) as caught:
+        open_header(path)
+    assert time.process_time() - started < (5.0 if name.startswith("200,000") else 0.5)
+    assert "x.safetensors" in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_other_files_are_named_for_what_they_are(name: str, tmp_path: Path) -> None:
+    content, word = FOREIGN[name]
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(DeltaError, match=word):
+        open_header(path)
+
+
+def test_a_cut_download_says_so(tmp_path: Path) -> None:
+    whole = save_file({"a": torch.ones(100)}, tmp_path / "a.safetensors").read_bytes()
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(whole[:-1])
+    with pytest.raises(DeltaError, match="cut short"):
+        open_header(path)
+
+
+def test_names_from_a_file_are_shown_without_their_tricks(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw({"a\n\x1b[31m\u202e": {**F, "data_offsets": [4, 8]}}, b"\0" * 8))
+    with pytest.raises(DeltaError) as caught:
+        open_header(path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("kind", ("missing", "folder", "pipe", "closed", "NUL"))
+def test_what_is_no_file(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / ("a\0b" if kind == "NUL" else "x.safetensors")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "closed":
+        if os.geteuid() == 0:
+            pytest.skip("root may read everything")
+        path.write_bytes(b"x")
+        path.chmod(0)
+    caught: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            open_header(path)
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive() and isinstance(caught[0], DeltaError)
+
+
+def test_what_the_stock_library_writes_is_accepted(tmp_path: Path) -> None:
+    tensors = {name: t.contiguous() for name, t in some_tensors().items()}
+    stock_save(tensors, tmp_path / "a.safetensors", {"x": "y"})
+    header = open_header(tmp_path / "a.safetensors")
+    assert set(header.tensors) == set(tensors) and header.metadata == {"x": "y"}

@@ -1,0 +1,202 @@
+"""The spellings of diffusers, new and old, written out by hand; alphas wherever they may stand; what is refused and why."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.formats.ground import assert_same_change, difference, make_delta
+from vgm_peft import formats
+from vgm_peft.delta import Delta
+from vgm_peft.errors import DeltaError
+from vgm_peft.family import Base
+
+Make = Callable[[str], Base]
+UNET = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
+TEXT = "encoder.layers.1.self_attn.q_proj"
+DOWN, UP = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1)).unbind()
+"""The same pair for every layer: (4, 5) down, and the transpose of (4, 5) as up (5, 4)."""
+
+SPELLINGS: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    "peft": {
+        "unet.{unet}.to_q": (".lora_A.weight", ".lora_B.weight"),
+        "unet.{unet}.to_out.0": (".lora_A.weight", ".lora_B.weight"),
+        "text_encoder.text_model.{text}": (".lora_A.weight", ".lora_B.weight"),
+    },
+    "peft, newer transformers": {
+        "unet.{unet}.to_q": (".lora_A.weight", ".lora_B.weight"),
+        "unet.{unet}.to_out.0": (".lora_A.default.weight", ".lora_B.default.weight"),
+        "text_encoder.{text}": (".lora_A.weight", ".lora_B.weight"),
+    },
+    "lora.down": {
+        "unet.{unet}.to_q": (".lora.down.weight", ".lora.up.weight"),
+        "unet.{unet}.to_out.0": (".lora.down.weight", ".lora.up.weight"),
+        "text_encoder.text_model.{text}": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    },
+    "attention processors": {
+        "unet.{unet}.processor.to_q": ("_lora.down.weight", "_lora.up.weight"),
+        "unet.{unet}.processor.to_out": ("_lora.down.weight", "_lora.up.weight"),
+        "text_encoder.text_model.{text}": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    },
+    "attention processors without part": {
+        "{unet}.processor.to_q": ("_lora.down.weight", "_lora.up.weight"),
+        "{unet}.processor.to_out": ("_lora.down.weight", "_lora.up.weight"),
+        "text_encoder.text_model.{text}": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    },
+}
+
+
+def spelled(how: str) -> dict[str, Tensor]:
+    file: dict[str, Tensor] = {}
+    for module, (down, up) in SPELLINGS[how].items():
+        name = module.format(unet=UNET, text=TEXT)
+        file |= {name + down: DOWN.clone(), name + up: UP.T.contiguous()}
+    return file
+
+
+def read(tmp_path: Path, file: dict[str, Tensor], base: Base | None = None, **metadata: object) -> Delta:
+    save_file(file, tmp_path / "a.safetensors", {key: json.dumps(value) for key, value in metadata.items()})
+    assert formats.sniff(tmp_path / "a.safetensors") == "diffusers"
+    return formats.read(tmp_path / "a.safetensors", base)
+
+
+@pytest.mark.parametrize("how", SPELLINGS)
+def test_every_spelling_means_the_same(how: str, tmp_path: Path) -> None:
+    delta = read(tmp_path, spelled(how))
+    assert set(delta.patches) == {f"unet.{UNET}.to_q.weight", f"unet.{UNET}.to_out.0.weight", f"text_encoder.{TEXT}.weight"}
+    for patch in delta:
+        assert difference(patch.change(torch.zeros(5, 5)), UP.T @ DOWN) <= 1e-6
+
+
+@pytest.mark.parametrize("end", (".alpha", ".lora.alpha", ".lora_linear_layer.alpha"))
+def test_alphas_beside_the_tensors(end: str, tmp_path: Path) -> None:
+    file = {name: t for name, t in spelled("lora.down").items() if name.startswith("unet")}
+    file |= {f"unet.{UNET}.{layer}{end}": torch.tensor(3.0) for layer in ("to_q", "to_out.0")}
+    for patch in read(tmp_path, file):
+        assert difference(patch.change(torch.zeros(5, 5)), 0.75 * UP.T @ DOWN) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "settings,q,out,text",
+    (
+        ({"unet.lora_alpha": 2}, 0.5, 0.5, 1.0),
+        ({"unet.lora_alpha": 2, "text_encoder.lora_alpha": 1, "text_encoder.r": 4}, 0.5, 0.5, 0.25),
+        ({"unet.lora_alpha": 2, "unet.use_rslora": True}, 1.0, 1.0, 1.0),
+        ({"unet.lora_alpha": 2, "unet.alpha_pattern": {f"{UNET}.to_q": 8}}, 2.0, 0.5, 1.0),
+        ({"unet.lora_alpha": 2, "unet.alpha_pattern": {"to_out.0": 8}}, 0.5, 2.0, 1.0),
+        ({}, 1.0, 1.0, 1.0),
+    ),
+)
+def test_alphas_in_the_metadata(settings: dict[str, object], q: float, out: float, text: float, tmp_path: Path) -> None:
+    save_file(spelled("peft"), tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    delta = formats.read(tmp_path / "a.safetensors")
+    expected = {f"unet.{UNET}.to_q.weight": q, f"unet.{UNET}.to_out.0.weight": out, f"text_encoder.{TEXT}.weight": text}
+    for name, scale in expected.items():
+        assert difference(delta.patches[name].change(torch.zeros(5, 5)), scale * UP.T @ DOWN) <= 1e-6
+    assert "lora_adapter_metadata" not in delta.metadata
+
+
+@pytest.mark.parametrize("family", ("sd15", "sdxl"))
+@pytest.mark.parametrize("dtype", (None, torch.float16, torch.bfloat16))
+def test_round_trip(shared: Make, family: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
+    base = shared(family)
+    delta = make_delta(base, "lora", ("attention+mlp", "conv", "text+mlp"), rank=3, alpha=0.7)
+    path = formats.write(delta, tmp_path / "a.safetensors", "diffusers", base, dtype=dtype)
+    stored = load_file(path)
+    assert not [name for name in stored if "alpha" in name]
+    assert "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight" in stored
+    assert {tensor.dtype for tensor in stored.values()} == {dtype or torch.float32}
+    bound = {None: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    for reader_base in (base, None):
+        assert_same_change(formats.read(path, reader_base), delta, base, bound)
+    assert formats.write(delta, tmp_path / "b.safetensors", "diffusers", base, dtype=dtype).read_bytes() == path.read_bytes()
+
+
+def test_ranks_that_differ_are_filled_up_and_found_again(shared: Make, tmp_path: Path) -> None:
+    base = shared("sd15")
+    low = make_delta(base, "lora", ("cross-attention",), rank=1, alpha=0.5)
+    high = make_delta(base, "lora", ("self-attention",), rank=8)
+    text = make_delta(base, "lora", ("text",), rank=2)
+    delta = Delta("sd15", {**low.patches, **high.patches, **text.patches})
+    stored = load_file(path := formats.write(delta, tmp_path / "a.safetensors", "diffusers", base))
+    ranks = {part: {len(t) for n, t in stored.items() if n.startswith(part) and "lora_A" in n} for part in ("unet", "text")}
+    assert ranks == {"unet": {8}, "text": {2}}
+    found = formats.read(path, base)
+    assert {name: patch.options.rank for name, patch in found.patches.items()} == {
+        n: p.options.rank for n, p in delta.patches.items()
+    }
+    assert_same_change(found, delta, base)
+
+
+def test_kinds_without_a_place_are_refused_with_what_would_work(shared: Make, tmp_path: Path) -> None:
+    base = shared("sd15")
+    delta = make_delta(base, "krona", ("cross-attention",))
+    with pytest.raises(DeltaError, match="no place for krona.*write it as kohya"):
+        formats.write(delta, tmp_path / "a.safetensors", "diffusers", base)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _bias(file: dict[str, Tensor]) -> None:
+    file[f"unet.{UNET}.to_q.lora_B.bias"] = torch.zeros(5)
+
+
+def _magnitude(file: dict[str, Tensor]) -> None:
+    file[f"unet.{UNET}.to_q.lora_magnitude_vector.weight"] = torch.zeros(5)
+
+
+def _unknown(file: dict[str, Tensor]) -> None:
+    file["unet.down_blocks.7.resnets.0.conv1.lora_A.weight"] = torch.zeros(1, 2)
+
+
+def _peft(file: dict[str, Tensor]) -> None:
+    file["base_model.model.conv_in.lora_A.weight"] = torch.zeros(1, 2)
+
+
+def _twice(file: dict[str, Tensor]) -> None:
+    file[f"unet.{UNET}.to_q.lora.down.weight"] = DOWN.clone()
+
+
+def _two_spellings(file: dict[str, Tensor]) -> None:
+    file[f"{UNET}.to_q.lora.down.weight"] = DOWN.clone()
+
+
+def _half(file: dict[str, Tensor]) -> None:
+    del file[f"unet.{UNET}.to_q.lora_A.weight"]
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    (
+        (_bias, "not a LoRA's.*lora_B.bias"),
+        (_magnitude, "not a LoRA's.*lora_magnitude_vector"),
+        (_unknown, "match nothing.*down_blocks.7"),
+        (_peft, "adapter_config.json"),
+        (_twice, "two tensors"),
+        (_two_spellings, "two spellings"),
+        (_half, "no method here reads"),
+    ),
+)
+def test_what_is_refused(change: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path) -> None:
+    file = spelled("peft")
+    change(file)
+    with pytest.raises(DeltaError, match=message):
+        read(tmp_path, file)
+
+
+@pytest.mark.parametrize(
+    "metadata,message",
+    (
+        ("{", "cannot be read"),
+        ("[1]", "cannot be read"),
+        ('{"unet.init_lora_weights": "pissa_niter_4"}', "changes the base's own weights"),
+        ('{"unet.lora_alpha": "8"}', "a number"),
+    ),
+)
+def test_metadata_that_is_refused(metadata: str, message: str, tmp_path: Path) -> None:
+    save_file(spelled("peft"), tmp_path / "a.safetensors", {"lora_adapter_metadata": metadata})
+    with pytest.raises(DeltaError, match=message):
+        formats.read(tmp_path / "a.safetensors")

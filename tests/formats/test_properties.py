@@ -1,0 +1,75 @@
+"""Whatever the kind, rank, split, shape, dtype and scale: written and read it is the same change."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.formats.ground import difference, shake
+from vgm_peft import formats
+from vgm_peft.delta import Delta
+from vgm_peft.deltas import TABLE, method_named
+from vgm_peft.deltas.krona import KronaOptions
+from vgm_peft.deltas.lora import LoraOptions
+from vgm_peft.formats.books import family_book
+from vgm_peft.formats.compare import identical
+from vgm_peft.site import Site
+
+PLACES = {
+    name: [places["weight"] for places in family_book(name).sites.values() if places.get("weight")] for name in ("sd15", "sdxl")
+}
+QUIET = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+
+
+@st.composite
+def deltas(draw: st.DrawFn, kinds: tuple[str, ...] = tuple(TABLE)) -> Delta:
+    """A delta of either family at real places, of random shapes, kinds and options."""
+    family = draw(st.sampled_from(sorted(PLACES)))
+    eligible = [site for site in PLACES[family] if site.op in ("linear", "conv")]
+    chosen = draw(st.lists(st.sampled_from(eligible), min_size=1, max_size=6, unique=True))
+    patches = {}
+    for known in chosen:
+        kernel = draw(st.sampled_from(((1, 1), (3, 3), (3, 1)))) if known.op == "conv" else ()
+        o1, i1, o2, i2 = (draw(st.integers(1, 6)) for _ in range(4))
+        site = Site(known.part, known.module, known.op, (o1 * o2, i1 * i2, *kernel))
+        kind = draw(st.sampled_from(kinds))
+        if kind == "krona":
+            options: object = KronaOptions(a1=o1, a2=i1)
+        else:
+            rank = draw(st.integers(1, min(site.rows, site.columns)))
+            alpha = draw(st.none() | st.floats(1 / 64, 64, width=32))
+            options = LoraOptions(rank=rank, alpha=alpha, rslora=draw(st.booleans()))
+        patches[site.name] = method_named(kind)(site, options)
+    return shake(Delta(family, patches), seed=draw(st.integers(0, 99)), size=draw(st.sampled_from((1e-3, 1.0, 30.0))))
+
+
+@QUIET
+@given(deltas(), st.sampled_from((torch.float32, torch.float16, torch.bfloat16, torch.float64)))
+def test_native_is_exact(delta: Delta, dtype: torch.dtype) -> None:
+    with TemporaryDirectory() as folder:
+        delta.to(dtype=dtype)
+        assert identical(formats.read(formats.write(delta, Path(folder) / "a.safetensors")), delta)
+
+
+def check(delta: Delta, format: str) -> None:
+    with TemporaryDirectory() as folder:
+        found = formats.read(formats.write(delta, Path(folder) / "a.safetensors", format))
+    assert set(found.patches) == set(delta.patches)
+    for name, patch in delta.patches.items():
+        zero = torch.zeros(patch.site.shape)
+        assert found.patches[name].site.shape == patch.site.shape
+        assert difference(found.patches[name].change(zero), patch.change(zero)) <= 1e-6
+
+
+@QUIET
+@given(deltas())
+def test_kohya_keeps_the_change(delta: Delta) -> None:
+    check(delta, "kohya")
+
+
+@QUIET
+@given(deltas(kinds=("lora",)))
+def test_diffusers_keeps_the_change(delta: Delta) -> None:
+    check(delta, "diffusers")

@@ -1,0 +1,45 @@
+"""A Studio on a tiny base with two deltas and a control network, served once for all tests of this folder."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from vgm_peft.studio.app import Studio
+
+HOSTILE = "<img src=x onerror=window.__xss=1>"
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Any]) -> Path:
+    import vgm_peft
+    from tests.stack_makers import make_delta
+
+    home = tmp_path_factory.mktemp("studio")
+    base = tiny("sd15")
+    base.pipe.save_pretrained(home / "base")
+    for number, name in enumerate(("robot", "style", HOSTILE)):
+        (home / "runs" / name).mkdir(parents=True)
+        vgm_peft.write(make_delta(base, "lora", number), home / "runs" / name / "delta.safetensors", "native", base)
+    return home
+
+
+@pytest.fixture(scope="session")
+def studio(home: Path) -> "Iterator[Studio]":
+    from vgm_peft.studio.app import build
+    from vgm_peft.studio.settings import Settings
+
+    studio = build(
+        Settings(base=str(home / "base"), runs=home / "runs", pictures=home / "pictures", port=0, upload_bytes=1_000_000)
+    )
+    studio.launch(block=False)
+    yield studio
+    studio.desk.stop()
+    studio.page.close()
+
+
+@pytest.fixture(scope="session")
+def address(studio: "Studio") -> str:
+    return f"http://127.0.0.1:{studio.page.server_port}"

@@ -1,0 +1,44 @@
+"""What the tests of this room stand on: tiny bases, pictures, small configurations."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vgm_peft.config import Table
+from vgm_peft.families import family_named
+from vgm_peft.family import Base
+
+FAMILIES = ("sd15", "sdxl")
+_bases: dict[str, Base] = {}
+
+
+def tiny_base(family: str) -> Base:
+    """One base per family for all tests: a run gives it back as it was, which `test_run.py` proves."""
+    if family not in _bases:
+        found = family_named(family)
+        _bases[family] = Base(found.tiny(), found, "tiny", digest="0" * 64)
+    return _bases[family]
+
+
+def picture(path: Path, seed: int, width: int = 64, height: int = 64) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+SMALL: Table = {
+    "steps": 4,
+    "data": {"resolution": 64, "batch": 2},
+    "optimiser": {"lr": 1e-2},
+    "preview": {"count": 0, "steps": 2},
+}
+OWN: dict[str, Table] = {
+    "dreambooth": {"task": {"class_prompt": "a robot", "class_images": 2, "class_steps": 2}, "delta": {"rank": 2}},
+    "finetune": {"delta": {"rank": 2}},
+}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
