@@ -238,11 +238,12 @@ def interleave(first: Step, second: Step, pairs: int, device: str) -> list[Pair]
 
 
 def table_row(names: tuple[str, str], pairs: list[Pair], steps: int = 1) -> str:
-    """One line of the table: medians in milliseconds a step, the median ratio with its quartiles, and that of processor time."""
+    """One line of the table: medians in milliseconds a step, the median ratio, its quartiles, and that of processor time."""
     a, b = (1e3 * statistics.median(pair[i].wall for pair in pairs) / steps for i in (0, 1))
     low, middle, high = statistics.quantiles([x.wall / y.wall for x, y in pairs], n=4)
     cpu = statistics.median(x.cpu / y.cpu for x, y in pairs)
-    return f"| {' / '.join(names)} | {a:.1f} | {b:.1f} | **{middle:.3f}** | {low:.3f} .. {high:.3f} | **{cpu:.3f}** | {len(pairs)} |"
+    cells = (" / ".join(names), f"{a:.1f}", f"{b:.1f}", f"**{middle:.3f}**", f"{low:.3f} .. {high:.3f}", f"**{cpu:.3f}**")
+    return "| " + " | ".join(cells) + f" | {len(pairs)} |"
 
 
 def main() -> None:
@@ -261,14 +262,12 @@ def main() -> None:
     except VgmError as error:
         print(f"{error}\nmeasuring on the {STAND_IN} instead", file=sys.stderr)
         name = STAND_IN
-    rows = [table_row(("ours", "diffusers + peft"), compare_steps(name, args.batch, args.rank, args.pairs, args.device))]
+    size = (args.batch, args.rank)
+    rows = [table_row(("ours", "diffusers + peft"), compare_steps(name, *size, args.pairs, args.device))]
     if not args.no_loop:
-        rows.append(
-            table_row(("loop", "bare step"), compare_loop(name, args.batch, args.rank, max(4, args.pairs // CHUNK)), CHUNK)
-        )
-    print(
-        f"base {name}, batch {args.batch}, rank {args.rank}, {torch.get_num_threads()} thread(s), torch {torch.__version__}\n"
-    )
+        rows.append(table_row(("loop", "bare step"), compare_loop(name, *size, max(4, args.pairs // CHUNK)), CHUNK))
+    threads = f"{torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    print(f"base {name}, batch {args.batch}, rank {args.rank}, {args.device}, {threads}\n")
     print("| A / B | A, ms | B, ms | A/B | quartiles | A/B of processor time | pairs |\n|---|---|---|---|---|---|---|")
     print("\n".join(rows))
 

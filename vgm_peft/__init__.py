@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vgm_peft.formats import read, write
     from vgm_peft.families import load
+    from vgm_peft.formats import read, write
     from vgm_peft.stack import Stack, attach, detach
     from vgm_peft.train import train
 

@@ -46,6 +46,10 @@ class Patch(nn.Module, ABC):
         self.site, self.options = site, options
         self.eval()
 
+    @classmethod
+    def check(cls, site: Site, options: Any) -> None:
+        """Raise `DeltaError` for options not worth training at a site, though a file from elsewhere may hold such a patch."""
+
     @abstractmethod
     def change(self, base: Tensor) -> Tensor:
         """Return the dense dW at strength 1, of the base's shape, in the parameters' dtype.
@@ -60,7 +64,8 @@ class Patch(nn.Module, ABC):
         `base` as for `change` (`layer`'s own tensor may have other deltas fused into it). The default multiplies by the
         dense dW; subclasses do better. Must equal the default up to rounding.
         """
-        return apply_dense(self.change(base).to(x.dtype), x, layer, self.site)
+        change = self.change(base)
+        return apply_dense(change.to(x.dtype) if x.is_floating_point() else change, x, layer, self.site)
 
     def add_to(self, output: Tensor, x: Tensor, layer: nn.Module, base: Tensor, strength: float) -> Tensor:
         """Return `output + strength * contribution(x)`, a new tensor; a subclass may fuse the sum into its last product."""
@@ -164,6 +169,7 @@ class Delta:
                     f"{site}: {method.kind} cannot change it",
                     expected="a site that is " + " or ".join(sorted(method.ops)),
                 )
+            method.check(site, settings)
         return cls(family, {site.name: method(site, settings, generator) for site in sites}).train()
 
     def __iter__(self) -> Iterator[Patch]:

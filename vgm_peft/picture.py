@@ -206,17 +206,17 @@ def grid(
     height = 2 * margin + top + len(rows) * (cell[1] + gap) - gap + (len(foot) * 20 + 16 if foot else 0)
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for x, head in enumerate(heads):
-        middle = margin + left + x * (cell[0] + gap) + cell[0] / 2
-        _lines(draw, head, (middle, margin + top - 12 - len(head) * 20), 15, INK, "ma")
+    across = [margin + left + x * (cell[0] + gap) for x in range(len(columns))]
+    for x, head in zip(across, heads, strict=True):
+        _lines(draw, head, (x + cell[0] / 2, margin + top - 12 - len(head) * 20), 15, INK, "ma")
     for y, row in enumerate(rows):
         above = margin + top + y * (cell[1] + gap)
-        if labels:
+        if left:
             text = _wrap(labels[y], left - 20, 15)
             _lines(draw, text, (margin, above + cell[1] / 2 - len(text) * 10), 15, INK, "la")
-        for x, picture in enumerate(row):
+        for x, picture in zip(across, row, strict=True):
             if picture is not None:
-                sheet.paste(*_cell(picture, cell, (margin + left + x * (cell[0] + gap), above)))
+                sheet.paste(*_cell(picture, cell, (x, above)))
     _lines(draw, foot, (margin, height - margin - len(foot) * 20 + 4), 14, MUTED, "la")
     return sheet
 

@@ -4,6 +4,9 @@ Textual Inversion, Gal et al. 2022, arXiv 2208.01618 (section 4, eq. 2). diffuse
 matrix; here the pipeline gets extended *copies* of its tokenizers, and two hooks on the embedding module answer for the
 new ids, so the base keeps its tensors, its state-dict keys and every original row. A word of N vectors is the tokens
 `tok`, `tok_1` ... `tok_{N-1}`, as in diffusers, so that stock pipelines spell it out by themselves.
+
+Text models whose configuration still says `eos_token_id: 2` (SDXL's second) pool at the highest id of a prompt, which is
+then a new word and not the end: transformers' own rule, kept here so that our pictures are those of stock pipelines.
 """
 
 import copy

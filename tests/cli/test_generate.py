@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from vgm_peft.cli import Parser, main
-from vgm_peft.cli.generate import Places, add_flags, described, parse_control, parse_delta, parse_size
+from vgm_peft.cli.generate import Places, add_flags, described, parse_control, parse_delta
 from vgm_peft.errors import ConfigError
-from vgm_peft.stack.recipe import Stack
+from vgm_peft.stack.recipe import Stack, parse_size
 
 
 def flags(*argv: str) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from vgm_peft.delta import Delta, Patch
 from vgm_peft.families import TABLE as FAMILIES
 from vgm_peft.family import Base, Condition, Query
+from vgm_peft.site import Op, Site, find_sites
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest difference allowed, relative to the largest value compared. One table for all; raising one needs a reason."""
@@ -80,3 +82,44 @@ def predict(base: Base, batch: int = 1) -> Tensor:
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * batch)
     t = torch.full((batch,), 500)
     return base.family.predict(base, Query(noisy, t, condition.to(dtype=dtype), sizes))
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A toy has none."""
+
+
+class Gain(Patch):
+    """A change that depends on the base: dW = g * W, on anything."""
+
+    kind: ClassVar[str] = "gain"
+    Options: ClassVar[type] = NoOptions
+    ops: ClassVar[frozenset[Op]] = frozenset({"linear", "conv", "norm", "embedding", "bias"})
+    examples: ClassVar[tuple[NoOptions, ...]] = (NoOptions(),)
+    base_free: ClassVar[bool] = False
+
+    def __init__(self, site: Site, options: NoOptions, generator: torch.Generator | None = None) -> None:
+        super().__init__(site, options, generator)
+        self.g = nn.Parameter(torch.full((), 0.5))
+
+    def change(self, base: Tensor) -> Tensor:
+        return self.g * base.to(self.g.dtype)
+
+
+def tiny_net() -> nn.Sequential:
+    """Two linear layers, always of the same values."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8)).double().requires_grad_(False)
+
+
+def delta_of(net: nn.Module, method: type[Patch], seed: int = 1) -> Delta:
+    """A delta with random values on the linear layers of a net of that name."""
+    sites = [s for s in find_sites("net", net) if s.op == "linear"]
+    delta = Delta.fit("any", method, sites, method.examples[0]).to(dtype=torch.float64).train(False)
+    draw(delta, seed)
+    return delta
+
+
+def linears(base: Base) -> list[Site]:
+    """The linear layers of a denoiser."""
+    return [s for s in base.sites if s.part == base.family.denoiser and s.op == "linear"]

@@ -1,8 +1,6 @@
 """The attachment engine: whatever is put on, in whatever order and however it ends, the base comes back untouched."""
 
 import copy
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -10,54 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.contract.ground import State, assert_close, draw, predict
+from tests.contract.ground import Gain, NoOptions, State, assert_close, delta_of, draw, linears, predict, tiny_net
 from vgm_peft.attachment import Attachment, Fusion, attached, attachments
-from vgm_peft.delta import Delta, Patch, apply_dense
+from vgm_peft.delta import Delta, apply_dense
 from vgm_peft.deltas import TABLE
 from vgm_peft.errors import DeltaError
 from vgm_peft.family import Base
-from vgm_peft.site import Op, Site, find_sites
+from vgm_peft.site import Op, find_sites
 
 KINDS = list(TABLE)
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """A toy has none."""
-
-
-class Gain(Patch):
-    """A change that depends on the base: dW = g * W, on anything."""
-
-    kind: ClassVar[str] = "gain"
-    Options: ClassVar[type] = NoOptions
-    ops: ClassVar[frozenset[Op]] = frozenset({"linear", "conv", "norm", "embedding", "bias"})
-    base_free: ClassVar[bool] = False
-
-    def __init__(self, site: Site, options: NoOptions, generator: torch.Generator | None = None) -> None:
-        super().__init__(site, options, generator)
-        self.g = nn.Parameter(torch.full((), 0.5))
-
-    def change(self, base: Tensor) -> Tensor:
-        return self.g * base.to(self.g.dtype)
-
-
-def tiny_net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8)).double().requires_grad_(False)
-
-
-def delta_of(net: nn.Module, method: type[Patch], seed: int = 1) -> Delta:
-    sites = [s for s in find_sites("net", net) if s.op == "linear"]
-    options = method.examples[0] if method is not Gain else NoOptions()
-    delta = Delta.fit("any", method, sites, options).to(dtype=torch.float64).train(False)
-    if method is not Gain:
-        draw(delta, seed)
-    return delta
-
-
-def weight_sites(base: Base, part: str) -> list[Site]:
-    return [s for s in base.sites if s.part == part and s.op == "linear"]
 
 
 # --- nothing is left behind ---------------------------------------------------------------------------------------------
@@ -67,13 +26,12 @@ def weight_sites(base: Base, part: str) -> list[Site]:
 def test_an_exception_inside_forward(base: Base, kind: str) -> None:
     """The base is usable and removable in the middle of what went wrong (the fixture checks that it is as before)."""
     method = TABLE[kind]
-    delta = Delta.fit(base.family.name, method, weight_sites(base, base.family.denoiser), method.examples[0]).train(False)
+    delta = Delta.fit(base.family.name, method, linears(base), method.examples[0]).train(False)
     draw(delta, size=0.05)
     last = list(delta)[-1]
     with torch.no_grad():
         expected = predict(base)
         with pytest.raises(RuntimeError, match="in the middle"), Attachment(base.parts, delta):
-            last.register_parameter(next(n for n, _ in last.named_parameters()), None)
             last.add_to = raising  # pyright: ignore[reportAttributeAccessIssue]
             predict(base)
         assert torch.equal(predict(base), expected)
@@ -142,10 +100,11 @@ def test_a_shared_layer_is_changed_alone_when_live() -> None:
 
 
 def test_a_change_that_depends_on_the_base_sees_the_original() -> None:
-    """Whatever else is fused or live, in any order: 1 (base) + 0.5 * 1 + 0.5 * 2 times W, never a product."""
+    """Whatever else is fused or live, in any order: (1 + g * 1 + g * 2) W, never a product."""
     net, x = tiny_net(), torch.randn(3, 8, dtype=torch.float64)
-    expected = nn.functional.linear(x, 2.5 * net[0].weight, net[0].bias)
     gain = delta_of(net, Gain)
+    g = gain.patches["net.0.weight"].get_parameter("g").detach()
+    expected = nn.functional.linear(x, (1 + 3 * g) * net[0].weight, net[0].bias)
     parts = {"net": net}
     with Fusion(parts, [(gain, 1.0)]), Attachment(parts, gain, 2.0):
         assert_close(net[0](x), expected)
@@ -157,6 +116,34 @@ def test_a_change_that_depends_on_the_base_sees_the_original() -> None:
         assert_close(net[0](x), expected)
         assert attached(net[0]) == 2 and len(attachments(parts)) == 2
     assert attachments(parts) == [] and attached(net[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(8, 4), torch.randn(2, 3, 8)),
+        (nn.Conv2d(8, 4, 3, stride=2), torch.randn(2, 8, 7, 6)),
+        (nn.Conv1d(8, 4, 3, padding=1, groups=2), torch.randn(2, 8, 7)),
+        (nn.LayerNorm(8), torch.randn(2, 3, 8)),
+        (nn.GroupNorm(2, 8), torch.randn(2, 8, 5, 4)),
+        (nn.Embedding(16, 8), torch.randint(0, 16, (2, 3))),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_dense_way_serves_every_tensor_that_a_base_can_have(layer: nn.Module, x: Tensor) -> None:
+    """Weight and bias of every kind of layer, each alone: live, and in the weights, and by hand."""
+    layer, x = layer.double().requires_grad_(False), x.double() if x.is_floating_point() else x
+    for parameter in layer.parameters():
+        parameter.normal_()
+    parts = {"net": nn.ModuleDict({"layer": layer})}
+    for site in find_sites("net", parts["net"]):
+        delta = Delta("any", {site.name: Gain(site, NoOptions()).double()})
+        by_hand = copy.deepcopy(layer)
+        getattr(by_hand, site.tensor).mul_(1 + 0.5 * 3)
+        with Attachment(parts, delta, 3.0):
+            assert_close(layer(x).detach(), by_hand(x))
+        with Fusion(parts, [(delta, 3.0)]):
+            assert_close(layer(x), by_hand(x))
 
 
 ENTRY = st.tuples(st.sampled_from(KINDS), st.integers(0, 1), st.floats(-2, 2, width=16), st.booleans())
@@ -199,92 +186,3 @@ def test_fusing_rounds_once_and_restores_every_bit() -> None:
             assert_close(net.get_submodule(patch.site.module).weight, once, torch.float32)
     state.check(parts)
     assert all(p.dtype == torch.float32 for _, p in delta.parameters())
-
-
-# --- wherever torch allows a forward ------------------------------------------------------------------------------------
-
-
-def test_inference_mode_no_grad_and_autocast() -> None:
-    net, x = tiny_net(), torch.randn(3, 8, dtype=torch.float64)
-    delta, parts = delta_of(net, TABLE[KINDS[0]]), {"net": net}
-    with Attachment(parts, delta):
-        expected = net(x).detach()
-        with torch.inference_mode():
-            assert torch.equal(net(x), expected)
-    with torch.inference_mode():
-        fusion = Fusion(parts, [(delta, 1.0)])
-        assert_close(net(x), expected)
-    gain = delta_of(net, Gain)
-    with Attachment(parts, gain):
-        net(x).sum().backward()
-        assert all(p.grad is not None for _, p in gain.parameters())
-    fusion.remove()
-    with torch.autocast("cpu", torch.bfloat16), Fusion(parts, [(delta, 1.0)]), torch.autocast("cpu", enabled=False):
-        assert_close(net(x), expected)
-    assert torch.equal(net(x), tiny_net()(x))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradient_checkpointing_gives_the_same_gradients(base: Base, kind: str) -> None:
-    method = TABLE[kind]
-    delta = Delta.fit(base.family.name, method, weight_sites(base, base.family.denoiser), method.examples[0])
-    draw(delta, size=0.05)
-    unet = copy.deepcopy(base.denoiser).train()
-    parts, pipe_unet = {**base.parts, base.family.denoiser: unet}, base.pipe.unet
-    gradients: list[list[Tensor]] = []
-    try:
-        base.pipe.unet = base.parts[base.family.denoiser] = unet
-        for checkpointing in (False, True):
-            unet.enable_gradient_checkpointing() if checkpointing else unet.disable_gradient_checkpointing()
-            with Attachment(parts, delta):
-                predict(base).square().mean().backward()
-            gradients.append([p.grad for _, p in delta.parameters()])
-            for _, parameter in delta.parameters():
-                parameter.grad = None
-    finally:
-        base.pipe.unet = base.parts[base.family.denoiser] = pipe_unet
-    assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
-
-
-def test_keyword_arguments_and_hooks_of_others() -> None:
-    net, x = tiny_net(), torch.randn(3, 8, dtype=torch.float64)
-    seen: list[Tensor] = []
-    handle = net[0].register_forward_hook(lambda _m, _a, output: seen.append(output))
-    with Attachment({"net": net}, delta_of(net, TABLE[KINDS[0]])):
-        expected = net[0](x)
-        assert torch.equal(net[0](input=x), expected)
-    net[0](x)
-    assert len(seen) == 3 and not torch.equal(seen[0], expected), "a hook that was there before sees the base's own output"
-    handle.remove()
-
-
-def test_a_deep_copy_is_independent() -> None:
-    net, x = tiny_net(), torch.randn(3, 8, dtype=torch.float64)
-    delta, other = delta_of(net, TABLE[KINDS[0]]), delta_of(net, TABLE[KINDS[-1]], seed=2)
-    with Attachment({"net": net}, delta), Fusion({"net": net}, [(other, 0.5)]):
-        expected = net(x).detach()
-        twin = copy.deepcopy(net)
-        draw(delta, seed=9)
-        assert not torch.equal(net(x), expected)
-    assert torch.equal(net(x), tiny_net()(x))
-    assert torch.equal(twin(x), expected)
-    on = attachments({"net": twin})
-    assert [type(owner) for owner in on] == [Attachment, Fusion]
-    for owner in on:
-        owner.remove()
-    assert State.of({"net": net}).modules == State.of({"net": twin}).modules
-    assert torch.equal(twin(x), net(x))
-
-
-def test_removing_twice_and_attaching_the_same_delta_twice() -> None:
-    net, x = tiny_net(), torch.randn(3, 8, dtype=torch.float64)
-    delta, parts = delta_of(net, TABLE[KINDS[0]]), {"net": net}
-    with Attachment(parts, delta, 2.0):
-        expected = net(x)
-    first, second = Attachment(parts, delta), Attachment(parts, delta)
-    assert_close(net(x), expected.detach())
-    first.remove()
-    first.remove()
-    assert attached(net[0]) == 1
-    second.remove()
-    assert attached(net[0]) == 0

@@ -172,6 +172,17 @@ def test_predict_is_the_stock_call(family: Family, base: Base) -> None:
     assert torch.equal(default[1], theirs[1]) == (told is None), "sizes are heard where the family hears them"
 
 
+def test_half_precision_bases_are_asked_in_single(family: Family) -> None:
+    base = Base(family.tiny().to(torch.bfloat16), family, "half").freeze()
+    whole = base_of(family.name)
+    sizes = torch.tensor([[1001, 777, 3, 0, 64, 64]])
+    asked = Query(noise(1, 4, 8, 8), torch.tensor([500]), family.encode_prompt(base, ["a duck"]), sizes)
+    answer = family.predict(base, asked)
+    assert answer.dtype == torch.bfloat16
+    told = Query(asked.noisy, asked.t, family.encode_prompt(whole, ["a duck"]), sizes)
+    torch.testing.assert_close(answer.float(), family.predict(whole, told), rtol=0, atol=0.05)
+
+
 def test_pictures_to_latents_and_back(family: Family, base: Base) -> None:
     vae: Any = base.pipe.vae  # pyright: ignore
     pixels = noise(2, 3, 64, 48).clamp(-1, 1)

@@ -157,6 +157,23 @@ def test_stable_scale_is_stored_in_alpha(shared: Make, tmp_path: Path) -> None:
     assert all(float(t) == pytest.approx(3.0 * math.sqrt(4)) for name, t in stored.items() if name.endswith("alpha"))
 
 
+def test_more_ranks_than_the_layer_has_are_read_exactly(shared: Make, tmp_path: Path) -> None:
+    """LyCORIS trains `conv_out`, which has four outputs, at any rank."""
+    file = {
+        "lora_unet_conv_out.lora_down.weight": rand(8, 320, 3, 3),
+        "lora_unet_conv_out.lora_up.weight": rand(4, 8, 1, 1),
+        "lora_unet_conv_out.alpha": torch.tensor(2.0),
+        "lora_unet_conv_in.lora_down.weight": rand(64, 4, 3, 3),
+        "lora_unet_conv_in.lora_up.weight": rand(320, 64, 1, 1),
+    }
+    save_file(file, tmp_path / "a.safetensors")
+    delta = formats.read(tmp_path / "a.safetensors")
+    for name, scale in (("conv_out", 0.25), ("conv_in", 1.0)):
+        up, down = (file[f"lora_unet_{name}.lora_{side}.weight"] for side in ("up", "down"))
+        change = scale * torch.einsum("or,rikl->oikl", up.flatten(1), down)
+        assert difference(delta.patches[f"unet.{name}.weight"].change(torch.zeros(change.shape)), change) <= 1e-6
+
+
 def test_hash_is_the_one_that_webui_computes(shared: Make, tmp_path: Path) -> None:
     import hashlib
 

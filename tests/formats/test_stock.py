@@ -66,6 +66,16 @@ def test_mixed_ranks_and_stable_scale(base: Base, format: str, tmp_path: Path) -
     assert_same_change(formats.read(path, base), delta, base)
 
 
+@pytest.mark.parametrize("format", ("kohya", "diffusers"))
+def test_stock_pipeline_draws_the_same_picture_of_toybox(format: str, tmp_path: Path) -> None:
+    from vgm_peft.families import load
+
+    base = load("toybox", digest=False)
+    delta = make_delta(base, "lora", ("attention", "*.proj_in", "text"), rank=4, alpha=3.0, size=0.1)
+    path = formats.write(delta, tmp_path / "me.safetensors", format)  # its names are those published; it needs no base
+    assert difference(drawn_stock(base, path, {"unet", "text_encoder"}), drawn_live(base, delta)) <= 1e-4
+
+
 def stock_lora(base: Base, **config: Any) -> None:
     """Put peft's own LoRA with random values on every part of a pipeline."""
     from peft import LoraConfig

@@ -60,7 +60,7 @@ def draw(page: "Page", home: Path) -> list[bytes]:
 
 
 def set_number(page: "Page", label: str, value: str) -> None:
-    field = page.get_by_label(f"number input for {label}", exact=True)
+    field = page.get_by_label(f"number input for {label}", exact=True).first
     field.fill(value)
     field.press("Enter")
 
@@ -140,15 +140,18 @@ def test_a_wrong_upload_is_explained_and_a_training_gives_a_new_delta(page: "Pag
     page.get_by_role("tab", name="Train").click()
     page.locator("#uploads input[type=file]").set_input_files(str(tmp_path / "notes.png"))
     page.get_by_text("notes.png: not a readable picture").first.wait_for()
+    page.locator(".toast-close").first.click()
+    page.get_by_text("notes.png: not a readable picture").first.wait_for(state="hidden")
     page.get_by_role("button", name="Train", exact=True).click()
-    page.get_by_text("notes.png: not a readable picture").nth(1).wait_for()
+    page.get_by_text("notes.png: not a readable picture").first.wait_for()
     assert not (home / "runs" / "my-subject").exists()
     page.reload()
     page.get_by_role("tab", name="Train").click()
     page.locator("#uploads input[type=file]").set_input_files(subject(tmp_path))
-    page.get_by_text("me-4.png").first.wait_for()
-    page.get_by_label("Name", exact=True).fill("red disc")
-    set_number(page, "Steps", "2")
+    page.locator("#uploaded .thumbnail-item").nth(4).wait_for()
+    page.locator("#train-name input, #train-name textarea").fill("red disc")
+    page.locator("#train-steps input[type=number]").fill("2")
+    page.locator("#train-steps input[type=number]").press("Enter")
     page.get_by_role("button", name="Train", exact=True).click()
     page.locator("#train-status").get_by_text("Done.").wait_for(timeout=3 * PATIENCE)
     assert (home / "runs" / "red-disc" / "delta.safetensors").is_file()

@@ -111,6 +111,18 @@ def test_a_resumed_run_takes_the_very_same_steps(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+def test_a_finished_base_can_be_trained_on(tmp_path: Path) -> None:
+    from vgm_peft.toybox.base import BaseSettings, begin_from, best_unet, load_text
+
+    write_tiny(tmp_path / "base")
+    settings = BaseSettings(output=tmp_path / "out", work=tmp_path / "work", unet=TINY, text=TINY_TEXT)
+    begin_from(settings, tmp_path / "base")
+    weights = load(tmp_path / "base").unet.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in best_unet(settings).state_dict().items())
+    assert load_text(settings)[0].tokenize("sks robot") == ["sks</w>", "robot</w>"]
+    assert UnetRun.start(TINY, 60, "cpu", tmp_path / "work" / "unet.safetensors").step == 0
+
+
 def test_optimiser_state_survives_a_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 4)

@@ -13,13 +13,13 @@ from tests.train.ground import tiny_base
 from vgm_peft.config import Table
 from vgm_peft.errors import ConfigError
 from vgm_peft.train.config import LossConfig, OptimiserConfig, bind, table
-from vgm_peft.train.journal import Journal
+from vgm_peft.train.journal import Journal, Taken
 from vgm_peft.train.objective import Objective
 from vgm_peft.train.optim import MovingAverage, rate_factor, set_rates
 from vgm_peft.train.recipes import read_recipe, shipped_folder, shipped_recipe
 from vgm_peft.train.task import Turn
 from vgm_peft.train.tasks import TABLE
-from vgm_peft.train.tasks.dreambooth import noun_of, with_token
+from vgm_peft.train.tasks.dreambooth import common_start, noun_of, with_token
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("constant", "constant"), ("linear", "linear"), ("cosine", "cosine")])
@@ -113,6 +113,19 @@ def test_the_token_goes_before_the_noun(text: str, noun: str, expected: str) -> 
     assert with_token(text, "sks", noun) == expected
 
 
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        (["a photo of a car on sand", "a photo of a car in the sky"], "a photo of a car"),
+        (["a photo of a car on sand", "a photo of a car on grass"], "a photo of a car"),
+        (["a car", "a car"], "a car"),
+        (["a car", "the car"], ""),
+    ],
+)
+def test_what_all_captions_begin_with(captions: list[str], expected: str) -> None:
+    assert common_start(captions) == expected
+
+
 def test_the_noun_of_a_class_prompt() -> None:
     assert [noun_of(t) for t in ("a robot", "a photo of an old robot", "robot")] == ["robot", "old robot", "robot"]
 
@@ -120,11 +133,11 @@ def test_the_noun_of_a_class_prompt() -> None:
 def test_a_journal_goes_on_where_the_run_does(tmp_path: Path) -> None:
     with Journal(tmp_path, 0, 5) as journal:
         for step in range(1, 5):
-            journal.step(step, 0.5, 0.1, 1.0)
+            journal.step(step, Taken(0.5, 0.1, 1.0))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     with Journal(tmp_path, 2, 5) as journal:
-        journal.step(3, 0.25, 0.1, 1.0)
+        journal.step(3, Taken(0.25, 0.1, 1.0))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 0.5), (3, 0.25)]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

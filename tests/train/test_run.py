@@ -15,6 +15,9 @@ import torch
 from tests.train.ground import files, tiny_base
 from vgm_peft.config import Table, merge
 from vgm_peft.errors import SaveError, TrainError
+from vgm_peft.families import family_named
+from vgm_peft.family import Base
+from vgm_peft.formats import read
 from vgm_peft.train import train
 from vgm_peft.train.config import RunConfig, bind, table
 from vgm_peft.train.recipes import resolve
@@ -175,6 +178,26 @@ def test_a_dead_part_is_named(config: Make, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Setup, "trains_text", lambda self: False)
     with pytest.raises(TrainError, match=r"at \d+ of \d+ places \(first: text_encoder\."):
         train(config("dreambooth", "run", {"delta": {"text": True}}), base=tiny_base("sd15"))
+
+
+@pytest.mark.parametrize("task", ["finetune", "controlnet"])
+def test_checkpointing_activations_changes_nothing_but_memory(task: str, config: Make) -> None:
+    more: Table = {"steps": 2}
+    plain = train(config(task, "plain", more), base=tiny_base("sd15"))
+    lean = train(config(task, "lean", more, {"compute": {"gradient_checkpointing": True}}), base=tiny_base("sd15"))
+    for (_, a), (_, b) in zip(_losses(plain.folder), _losses(lean.folder), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in tiny_base("sd15").denoiser.modules())
+
+
+def test_bf16_keeps_the_trained_values_in_float32(config: Make) -> None:
+    found = family_named("sd15")
+    base = Base(found.tiny(), found, "tiny")
+    result = train(
+        config("dreambooth", "run", {"steps": 2, "compute": {"precision": "bf16"}, "preview": {"count": 1}}), base=base
+    )
+    assert next(base.denoiser.parameters()).dtype == torch.bfloat16 and result.delta is not None
+    assert {p.dtype for _, p in read(result.delta).parameters()} == {torch.float32}
 
 
 def test_the_callers_chance_is_left_alone(config: Make) -> None:

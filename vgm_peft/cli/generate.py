@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from vgm_peft.cli import Parser
 from vgm_peft.config import Table, Value
 from vgm_peft.errors import ConfigError
-from vgm_peft.stack.recipe import SCHEDULERS, Stack
+from vgm_peft.stack.recipe import SCHEDULERS, Stack, parse_size
 
 if TYPE_CHECKING:
     from vgm_peft.family import Base
@@ -129,14 +129,6 @@ def parse_control(text: str) -> tuple[str, str, float]:
     except ValueError:
         pass
     raise ConfigError(f'--control "{text}"', expected="FOLDER:IMAGE or FOLDER:IMAGE:STRENGTH")
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Parse `WxH` or one number for a square. Raises `ConfigError`."""
-    match = re.fullmatch(r"(\d{1,5})(?:[xX*](\d{1,5}))?", text.strip())
-    if match is None:
-        raise ConfigError(f'size "{text}"', expected="WIDTHxHEIGHT in pixels, for example 768x512")
-    return int(match[1]), int(match[2] or match[1])
 
 
 class Places:

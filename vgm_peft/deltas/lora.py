@@ -26,6 +26,8 @@ from vgm_peft.delta import Patch, convolve, seeded
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Site
 
+PAIR = frozenset({"lora_down.weight", "lora_up.weight"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
@@ -70,8 +72,15 @@ class Lora(Patch):
     options: LoraOptions
 
     def __init__(self, site: Site, options: LoraOptions, generator: torch.Generator | None = None) -> None:
-        """Draw `down` from U(-b, b), b = 1/sqrt(columns) (Kaiming, a = sqrt 5). Raises `DeltaError` for a rank too high."""
+        """Draw `down` from U(-b, b), b = 1/sqrt(columns) (Kaiming with a = sqrt 5)."""
         super().__init__(site, options, generator)
+        self.down = nn.Parameter(torch.empty(options.rank, *site.shape[1:]))
+        self.up = nn.Parameter(torch.zeros(site.rows, options.rank))
+        nn.init.kaiming_uniform_(self.down, a=sqrt(5), generator=seeded(generator))
+
+    @classmethod
+    def check(cls, site: Site, options: LoraOptions) -> None:
+        """Refuse a rank that the layer's matrix cannot have."""
         limit = min(site.rows, site.columns)
         if options.rank > limit:
             raise DeltaError(
@@ -79,9 +88,6 @@ class Lora(Patch):
                 expected=f"1 .. {limit}, the smaller side of its {site.rows}x{site.columns} matrix",
                 fix="lower the rank or leave the layer out of the targets",
             )
-        self.down = nn.Parameter(torch.empty(options.rank, *site.shape[1:]))
-        self.up = nn.Parameter(torch.zeros(site.rows, options.rank))
-        nn.init.kaiming_uniform_(self.down, a=sqrt(5), generator=seeded(generator))
 
     def change(self, base: Tensor) -> Tensor:
         """Return s * up @ down in the shape of the weight."""
@@ -141,18 +147,21 @@ class Lora(Patch):
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
         """Read `lora_down.weight`, `lora_up.weight` and, where it is there and not 0, `alpha` (else alpha = rank, as kohya)."""
-        if not {"lora_down.weight", "lora_up.weight"} <= tensors.keys() <= {"lora_down.weight", "lora_up.weight", "alpha"}:
+        if not PAIR <= tensors.keys() <= PAIR | {"alpha"}:
             return None
-        down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-        alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0
-        rank = len(down)
-        if site.op not in cls.ops or down.numel() != rank * site.columns or up.numel() != site.rows * rank:
+        down, up, alpha = tensors["lora_down.weight"], tensors["lora_up.weight"], tensors.get("alpha", torch.zeros(()))
+        rank = down.shape[0] if down.dim() else 0
+        fits = down.shape[1:2] == site.shape[1:2] and down.numel() == rank * site.columns
+        fits &= up.shape[:2] == (site.rows, rank) and up.numel() == site.rows * rank
+        if site.op not in cls.ops or not rank or not fits:
             raise DeltaError(
                 f"{site}: lora_down.weight {_spell(down)} and lora_up.weight {_spell(up)} do not multiply to its weight",
-                expected=f"(R, {', '.join(map(str, site.shape[1:]))}) and ({site.rows}, R)",
+                expected=f"Rx{'x'.join(map(str, site.shape[1:]))} and {site.rows}xR",
                 fix="use the delta with the base it was trained on",
             )
-        patch = cls(site, LoraOptions(rank=rank, alpha=alpha or None))
+        if alpha.numel() != 1:
+            raise DeltaError(f"{site}: alpha {_spell(alpha)}", expected="one number")
+        patch = cls(site, LoraOptions(rank=rank, alpha=float(alpha) or None))
         with torch.no_grad():
             patch.down.copy_(down.reshape(patch.down.shape))
             patch.up.copy_(up.reshape(patch.up.shape))

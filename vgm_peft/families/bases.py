@@ -57,7 +57,9 @@ def load_base(
     family = next((f for f in families.values() if f.recognises(pipe)), None)
     if family is None:
         raise BaseModelError(f"{name}: a {type(pipe).__name__} of another make", expected="one of " + ", ".join(families))
-    base = Base(pipe.to(device), family, name, _digest(files) if digest else "")
+    if torch.device(device) != pipe.device:  # diffusers scolds any move of a float16 pipeline to the CPU
+        pipe.to(device)
+    base = Base(pipe, family, name, _digest(files) if digest else "")
     channels = cast(Any, base.denoiser).config.in_channels
     if channels != cast(Any, pipe).vae.config.latent_channels:
         raise BaseModelError(
@@ -88,35 +90,40 @@ def _variant(folder: Path) -> str | None:
 
 
 def _download(families: Mapping[str, Family], name: str) -> Path:
-    """Bring a hub model into the local cache, safetensors only, and return its folder."""
+    """Bring a hub model into the local cache, safetensors only, and return its folder; what it is is judged first."""
     if not _HUB_ID.fullmatch(name):
         raise BaseModelError(
             f'base "{name}": no such file or folder',
             expected="toybox, a diffusers folder, a .safetensors file, or a hub id (stabilityai/stable-diffusion-xl-base-1.0)",
         )
     import diffusers
+
+    family = family_of_index(families, read_json(_fetch_index(name)), Path(name))
+    build: Any = getattr(diffusers, family.pipelines[0])
+    try:
+        return Path(build.download(name, use_safetensors=True, **family.loading))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"{name}: cannot be fetched whole ({first_line(error)})",
+            expected="a model with .safetensors weights",
+            fix="try again; what has been fetched is kept",
+        ) from error
+
+
+def _fetch_index(name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        where = Path(hf_hub_download(name, "model_index.json"))
-        family = family_of_index(families, read_json(where), Path(name))
-        build: Any = getattr(diffusers, family.pipelines[0])
-        return Path(build.download(name, use_safetensors=True, **family.loading))
-    except EntryNotFoundError as error:
-        if not isinstance(error, OSError):
+        return Path(hf_hub_download(name, "model_index.json"))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise BaseModelError(f"{name}: has no model_index.json", expected="a model in diffusers' layout") from error
-        raise _unreachable(name, error) from error
-    except (OSError, ValueError) as error:
-        raise _unreachable(name, error) from error
-
-
-def _unreachable(name: str, error: Exception) -> BaseModelError:
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-    return BaseModelError(
-        f"{name}: neither in the local cache nor reachable{offline}: {first_line(error)}",
-        fix="check name and network, log in with `hf auth login` where the model asks for it, or give a folder or file",
-    )
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise BaseModelError(
+            f"{name}: neither in the local cache nor reachable{offline}: {first_line(error)}",
+            fix="check name and network, log in with `hf auth login` where the model asks for it, or give a folder or file",
+        ) from error
 
 
 def _loaded_files(pipe: "DiffusionPipeline", folder: Path) -> list[Path]:

@@ -58,7 +58,8 @@ class Layout:
 def _text_config(values: Mapping[str, Any]) -> Any:
     from transformers import CLIPTextConfig
 
-    return CLIPTextConfig(**{"vocab_size": 49408, "max_position_embeddings": 77, **values})
+    make: Any = CLIPTextConfig
+    return make(**{"vocab_size": 49408, "max_position_embeddings": 77, **values})
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:

@@ -60,10 +60,10 @@ def _convert(family: Family, path: Path, configuration: Path, dtype: torch.dtype
     import diffusers
 
     build: Any = getattr(diffusers, family.pipelines[0])
-    options = {name: value for name, value in family.loading.items() if value is None}
+    options = {"config": str(configuration), "dtype": dtype, "local_files_only": True, **family.loading}
     try:
         with quiet():
-            return build.from_single_file(path, config=str(configuration), dtype=dtype, local_files_only=True, **options)
+            return build.from_single_file(path, **options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise BaseModelError(
             f"{path}: looks like {family.name} but cannot be converted ({first_line(error)})",

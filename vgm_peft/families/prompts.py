@@ -32,7 +32,7 @@ def penultimate_state(
 
 def tokenise(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> "BatchEncoding":
     """Return ids and mask (B, T), padded and cut to the tokenizer's own length; multi-vector words are spelled out first."""
-    words = _added(tokenizer) - set(cast("list[str]", tokenizer.all_special_tokens))
+    words = _added(tokenizer) - set(tokenizer.all_special_tokens)
     texts = [expand(tokenizer, prompt) for prompt in prompts] if words else list(prompts)
     length = tokenizer.model_max_length
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")

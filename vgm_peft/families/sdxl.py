@@ -144,4 +144,4 @@ class StableDiffusionXL(UNetFamily):
         if sizes is None:
             height, width = (side * base.latent_factor for side in query.noisy.shape[-2:])
             sizes = query.noisy.new_tensor([height, width, 0, 0, height, width]).expand(len(query.noisy), SIZES)
-        return {"text_embeds": pooled.to(query.noisy.dtype), "time_ids": sizes.to(query.noisy.device, pooled.dtype)}
+        return {"text_embeds": pooled.to(query.noisy.dtype), "time_ids": sizes.to(query.noisy.device, torch.float32)}

@@ -80,6 +80,8 @@ def write(
     path, chosen = Path(path), format_named(format)
     if path.is_dir():
         raise DeltaError(f"{path}: a folder is there", expected="the name of a file")
+    if base is not None and delta.family != base.family.name:
+        raise _other_family("the delta", delta, base)
     parcels = chosen.spell(delta, base, dtype)
     for ending, parcel in parcels.items():
 
@@ -142,13 +144,17 @@ def _read(header: Header, base: Base | None) -> Delta:
         return format.read(header, base)
 
 
+def _other_family(what: str, delta: Delta, base: Base) -> DeltaError:
+    return DeltaError(
+        f"{what}: a delta of {delta.family}, but {base.source} is of {base.family.name}",
+        fix=f"use it with a base of {delta.family}",
+    )
+
+
 def _check_fit(delta: Delta, base: Base, where: Path) -> None:
     """Raise `DeltaError` unless every patch and token of a delta fits a base."""
     if delta.family != base.family.name:
-        raise DeltaError(
-            f"{where}: a delta of {delta.family}, but {base.source} is of {base.family.name}",
-            fix=f"use it with a base of {delta.family}",
-        )
+        raise _other_family(str(where), delta, base)
     wrong: list[DeltaError] = []
     for patch in delta:
         try:

@@ -81,13 +81,12 @@ class ControlNet(Side):
                 expected=f"{width}x{height}, like the picture",
             )
         dtype = next(network.parameters()).dtype
-        extra = base.family.extra(base, query)
         down, mid = network(
             query.noisy.to(dtype),
             query.t,
             encoder_hidden_states=query.condition.hidden.to(dtype),
             controlnet_cond=control.to(dtype),
-            added_cond_kwargs=None if extra is None else {k: v.to(dtype) for k, v in extra.items()},
+            added_cond_kwargs=base.family.extra(base, query),
             return_dict=False,
         )
         theirs = next(base.denoiser.parameters()).dtype

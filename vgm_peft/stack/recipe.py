@@ -7,6 +7,7 @@ was made from or not at all.
 
 import hashlib
 import math
+import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -197,6 +198,14 @@ class Stack:
         from vgm_peft.stack.runtime import Applied
 
         return Applied(base, self, given=given, fuse=fuse)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse `WxH` or one number for a square. Raises `ConfigError`."""
+    match = re.fullmatch(r"(\d{1,5})(?:[xX*](\d{1,5}))?", text.strip())
+    if match is None:
+        raise ConfigError(f'size "{text}"', expected="WIDTHxHEIGHT in pixels, for example 768x512")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def sha256(path: Path) -> str:

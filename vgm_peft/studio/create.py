@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from vgm_peft.errors import VgmError
-from vgm_peft.stack.recipe import SCHEDULERS, Stack
+from vgm_peft.stack.recipe import SCHEDULERS, Stack, parse_size
 from vgm_peft.studio.engine import Drawn, Engine
 from vgm_peft.studio.look import bar, clock
 
@@ -256,8 +256,6 @@ def described(
     prompt: str, negative: str, steps: float, guidance: float, seed: float | None, count: float, size: str, sampler: str
 ) -> Stack:
     """Turn the page's fields into a stack; a seed of -1 (or none) becomes a random one. Raises `ConfigError`."""
-    from vgm_peft.cli.generate import parse_size
-
     width, height = parse_size(size) if (size or "").strip() else (None, None)
     chosen = random.SystemRandom().randrange(2**32) if seed is None or seed < 0 else int(seed)
     return Stack(

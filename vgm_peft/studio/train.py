@@ -33,9 +33,13 @@ class TrainTab:
                     height=180,
                     elem_id="uploads",
                 )
-                shown = gr.Gallery(show_label=False, columns=6, height=120, object_fit="cover", visible=False, buttons=[])
+                shown = gr.Gallery(
+                    elem_id="uploaded", show_label=False, columns=6, height=120, object_fit="cover", visible=False, buttons=[]
+                )
                 with gr.Row():
-                    name = gr.Textbox(label="Name", value="my-subject", max_length=40, info="What the new delta is called.")
+                    name = gr.Textbox(
+                        "my-subject", label="Name", max_length=40, info="What the new delta is called.", elem_id="train-name"
+                    )
                     kind = gr.Textbox(label="What it is", value="a toy", max_length=200, info="Its class, as in “a robot”.")
                 with gr.Row():
                     token = gr.Textbox(label="Word for it", value="sks", max_length=40, info="Write “a sks robot” to draw it.")
@@ -57,13 +61,16 @@ class TrainTab:
                 )
                 with gr.Accordion("Log", open=False):
                     self._log = gr.Textbox(show_label=False, lines=8, max_lines=16, interactive=False, elem_id="log")
-        self._seen = gr.State("")
-        timer = gr.Timer(1.0)
-        outputs = [self._status, self._previews, self._log, self._halt, self.create.chosen, self._seen]
-        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        timer.tick(self._tick, self._seen, outputs, **quiet)
+        self._wire()
         files.change(self._show, files, shown, show_progress="hidden", api_visibility="private")
         go.click(self._start, [files, name, kind, token, steps], self._status, show_progress="hidden", api_name="train")
+
+    def _wire(self) -> None:
+        """Let a timer bring the page up to date, and the button stop the training."""
+        seen, timer = gr.State(""), gr.Timer(1.0)
+        outputs = [self._status, self._previews, self._log, self._halt, self.create.chosen, seen]
+        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        timer.tick(self._tick, seen, outputs, **quiet)
         self._halt.click(self.desk.stop, None, None, **quiet)
 
     def _show(self, files: list[str] | None) -> Any:

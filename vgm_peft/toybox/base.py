@@ -18,7 +18,16 @@ from torch.nn import functional as nf
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vgm_peft.toybox.captions import LABEL_SIZES, captions_of, chunk_scenes, draw_caption
-from vgm_peft.toybox.nets import encode, load_text_model, load_tokenizer, load_vae, make_scheduler, make_vae, place
+from vgm_peft.toybox.nets import (
+    encode,
+    load_pipeline,
+    load_text_model,
+    load_tokenizer,
+    load_vae,
+    make_scheduler,
+    make_vae,
+    place,
+)
 from vgm_peft.toybox.pipeline import write_pipeline
 from vgm_peft.toybox.pixels import to_float
 from vgm_peft.toybox.render import render
@@ -85,7 +94,9 @@ def load_renders(settings: BaseSettings, chunks: range, what: str = "image") -> 
 
 
 def vae_stage(settings: BaseSettings) -> None:
-    """Train encoder and decoder, then fold the latents' mean and deviation over renders in."""
+    """Train encoder and decoder, then fold the latents' mean and deviation over renders in; a folded VAE stays."""
+    if (settings.work / "vae").exists():
+        return
     torch.manual_seed(settings.seed)
     vae = place(make_vae(settings.vae.widths), settings.device)
     pictures = load_renders(settings, range(min(8, settings.chunks)))
@@ -105,6 +116,19 @@ def text_stage(settings: BaseSettings) -> None:
     train_text(tokenizer, model, draw_caption, LABEL_SIZES, settings.text, settings.seconds("text"), seed=settings.seed)
     tokenizer.save_pretrained(settings.work / "tokenizer")
     _save(model, settings.work / "text_encoder")
+
+
+def begin_from(settings: BaseSettings, folder: Path) -> None:
+    """Fill an empty work folder with the parts of a finished base, so that its U-Net and decoder are trained on."""
+    pipe = load_pipeline(folder)
+    _save(pipe.vae, settings.work / "vae")
+    _save(pipe.text_encoder, settings.work / "text_encoder")
+    pipe.tokenizer.save_pretrained(settings.work / "tokenizer")
+    state = settings.work / "unet.safetensors"
+    run = UnetRun.start(settings.unet, settings.seconds("unet"), settings.device, state, settings.seed)
+    for model in (run.unet, run.averaged.model):
+        model.load_state_dict(pipe.unet.state_dict())
+    run.save(state)
 
 
 def _save(net: AutoencoderKL | CLIPTextModel, folder: Path) -> None:

@@ -73,12 +73,12 @@ def write_measured(settings: BaseSettings, count: int) -> None:
 
 
 def card(settings: BaseSettings, measured: dict[str, float]) -> str:
-    """The model card, in Markdown."""
+    """The model card, in Markdown; `notes.md` in the work folder says what no state can."""
     facts = stage_facts(settings)
     rows = [f"| {stage} | {fact['step']} | {float(fact['seconds']) / 60:.0f} |" for stage, fact in facts.items()]
     numbers = [f"| {_NAMES.get(name, name)} | {value:.4g} |" for name, value in measured.items()]
     seen = facts.get("unet", {}).get("pictures", 0)
-    unet, vae = settings.unet, settings.vae
+    unet, vae, notes = settings.unet, settings.vae, settings.work / "notes.md"
     return _CARD.format(
         machine=machine(settings.device),
         rows="\n".join(rows),
@@ -92,6 +92,7 @@ def card(settings: BaseSettings, measured: dict[str, float]) -> str:
         vae=json.dumps(asdict(vae)),
         text=json.dumps(asdict(settings.text)),
         scheduler=type(make_scheduler()).__name__,
+        notes=notes.read_text(encoding="utf-8").strip() + "\n\n" if notes.exists() else "",
     )
 
 
@@ -137,7 +138,7 @@ attributes first and was then frozen; the first part of the U-Net's training use
 
 Settings: U-Net `{unet}`; VAE `{vae}`; text `{text}`.
 
-## Measured
+{notes}## Measured
 
 | what | value |
 | --- | --- |

@@ -26,6 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", default=",".join(STAGES), help="which to run (default: all)")
     parser.add_argument("--count", type=int, default=400, help="held-out prompts to measure, 0 for none (default 400)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, metavar="DIR", help="begin with a finished base's parts, not from nothing")
     parser.add_argument("--resume", action="store_true", help="go on with what the work folder holds")
 
 
@@ -42,6 +43,8 @@ def settings_of(args: argparse.Namespace) -> "BaseSettings":
         if getattr(args, flag) <= 0:
             raise ConfigError(f"--{flag} {getattr(args, flag)}", expected="more than nothing")
     unet = UnetSettings(widths=widths, batch=args.batch, coarse_batch=2 * args.batch)
+    if args.start:
+        unet = replace(unet, coarse_until=0.0)
     settings = BaseSettings(output=args.output, work=args.work, minutes=args.minutes, device=args.device, unet=unet)
     return replace(settings, chunks=args.chunks, seed=args.seed, processes=args.threads or settings.processes)
 
@@ -72,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     settings.work.mkdir(parents=True, exist_ok=True)
+    if args.start and not args.resume:
+        base.begin_from(settings, args.start)
     steps = {
         "render": base.render_stage,
         "vae": base.vae_stage,

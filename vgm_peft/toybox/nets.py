@@ -168,7 +168,7 @@ def half_copy(net: Net) -> Net:
 def load_vae(folder: Path) -> AutoencoderKL:
     """Read a VAE folder in single precision."""
     load: Any = AutoencoderKL
-    return load.from_pretrained(folder, torch_dtype=torch.float32)
+    return load.from_pretrained(folder, dtype=torch.float32)
 
 
 def load_text_model(folder: Path) -> CLIPTextModel:
@@ -186,6 +186,6 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 def load_pipeline(folder: Path, device: str = "cpu") -> StableDiffusionPipeline:
     """Load a pipeline folder in single precision, without progress bars."""
     load: Any = StableDiffusionPipeline
-    pipe = load.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipe = load.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

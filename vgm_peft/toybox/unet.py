@@ -36,7 +36,7 @@ class UnetSettings:
     text_width: int = 128
     batch: int = 32
     coarse_batch: int = 64
-    matrix_rate: float = 0.02
+    matrix_rate: float = 0.014
     """Of Muon, for matrices and convolutions; `rate` is Adam's, for the rest."""
     rate: float = 2e-3
     warm_steps: int = 100

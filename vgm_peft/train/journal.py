@@ -8,12 +8,22 @@ import importlib
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from vgm_peft.train.durable import saving
 
 METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a step came to: its mean loss, the rate of the first group, the norm of all gradients before clipping."""
+
+    loss: float
+    rate: float
+    norm: float
 
 
 class Journal:
@@ -30,31 +40,27 @@ class Journal:
                 self._file = _continued(folder / METRICS, done)
             self._events = _Events.open(folder / "tb", done)
             self._bar = _bar(done, steps)
-        self._begun = self._last = time.perf_counter()
+        self._last = time.perf_counter()
 
-    def step(self, step: int, loss: float, rate: float, norm: float) -> None:
+    def step(self, step: int, taken: Taken) -> None:
         """Record step number `step` (from 1)."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         if self._file is None:
             return
-        values = {"loss": loss, "rate": rate, "norm": norm}
+        values = asdict(taken)
         with saving(self.folder / METRICS):
             self._file.write(json.dumps({"step": step, **values, "seconds": round(seconds, 4)}) + "\n")
             self._file.flush()
             if self._events is not None:
                 self._events.scalars(step, values)
-        self._bar.set_postfix_str(f"loss {loss:.4f}, rate {rate:.2g}", refresh=False)
+        self._bar.set_postfix_str(f"loss {taken.loss:.4f}, rate {taken.rate:.2g}", refresh=False)
         self._bar.update()
 
     def say(self, text: str) -> None:
         """Print a line without spoiling the bar."""
         if self._bar is not None:
             self._bar.write(text)
-
-    def elapsed(self) -> float:
-        """Seconds since the record was opened."""
-        return time.perf_counter() - self._begun
 
     def __enter__(self) -> Self:
         return self

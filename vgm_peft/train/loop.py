@@ -5,6 +5,7 @@ happens in a step stands here, in its order. Nothing random is carried from step
 a run is exactly `checkpoint.State`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from vgm_peft.errors import TrainError
 from vgm_peft.train.checkpoint import State
 from vgm_peft.train.checkpoint import save as save_checkpoint
 from vgm_peft.train.interrupt import Interrupt
-from vgm_peft.train.journal import Journal
+from vgm_peft.train.journal import Journal, Taken
 from vgm_peft.train.learned import demand_finite
 from vgm_peft.train.optim import MovingAverage, build_optimiser, set_rates
 from vgm_peft.train.preview import Previews
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from vgm_peft.train.config import RunConfig
 
 MAX_OVERFLOWS = 24
-"""fp16 steps in a row that may overflow; the loss scale has then been halved from 2^16 to nothing."""
+"""Times that one fp16 step may overflow; the loss scale has then been halved from 2^16 to nothing."""
 
 
 class Trainee(nn.Module):
@@ -75,30 +76,13 @@ def run(desk: Desk) -> bool:
 
     Raises `TrainError` when a loss or gradient is not finite; checkpoints made before stay.
     """
-    config, state, accelerator = desk.config, desk.state, desk.accelerator
-    main, overflows = accelerator.is_main_process, 0
-    with Journal(desk.folder, state.step, config.steps, main) as journal, Interrupt(accelerator) as interrupt:
+    config, state, main = desk.config, desk.state, desk.accelerator.is_main_process
+    with Journal(desk.folder, state.step, config.steps, main) as journal, Interrupt(desk.accelerator) as interrupt:
         for notice in desk.notices:
             journal.say(f"note: {notice}")
         while state.step < config.steps:
-            rate = set_rates(desk.optimiser, config.optimiser, state.step, config.steps)
-            loss = torch.stack([_backward(desk, micro) for micro in range(config.accumulation)]).mean()
-            norm = _clip(desk)
-
-            overflow = state.scaler is not None and not bool(torch.isfinite(norm))
-            if not overflow:
-                demand_finite(*torch.stack([loss, norm]).tolist(), step=state.step)
-            desk.optimiser.step()
-            desk.optimiser.zero_grad()
-            overflows = overflows + 1 if overflow else 0
-            if overflows > MAX_OVERFLOWS:
-                raise TrainError(f"step {state.step + 1} overflows fp16 at every loss scale", fix="compute in bf16 or float32")
-            if overflow:  # the scaler left the parameters alone and halved its scale: the same step again
-                continue
-
-            state.step += 1
-            state.average.update(state.step)
-            journal.step(state.step, loss.item(), rate, norm.item())
+            taken = take_step(desk)
+            journal.step(state.step, taken)
 
             last, stopped = state.step == config.steps, interrupt.asked()
             if desk.previews.due(state.step) or last:
@@ -110,6 +94,26 @@ def run(desk: Desk) -> bool:
                 journal.say(f"interrupted after step {state.step}; a checkpoint is saved")
                 return False
     return True
+
+
+def take_step(desk: Desk) -> Taken:
+    """Batch, loss, backward, clip, step, average; a step that overflows fp16 is taken again at half the loss scale."""
+    config, state = desk.config, desk.state
+    rate = set_rates(desk.optimiser, config.optimiser, state.step, config.steps)
+    for _ in range(MAX_OVERFLOWS):
+        loss = torch.stack([_backward(desk, micro) for micro in range(config.accumulation)]).mean()
+        norm = _clip(desk)
+        values = torch.stack([loss, norm.to(loss)]).tolist()
+        overflow = state.scaler is not None and not math.isfinite(values[1])
+        if not overflow:
+            demand_finite(*values, step=state.step)
+        desk.optimiser.step()
+        desk.optimiser.zero_grad()
+        if not overflow:
+            state.step += 1
+            state.average.update(state.step)
+            return Taken(values[0], rate, values[1])
+    raise TrainError(f"step {state.step + 1} overflows fp16 at every loss scale", fix="compute in bf16 or float32")
 
 
 def _backward(desk: Desk, micro: int) -> Tensor:

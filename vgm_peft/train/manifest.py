@@ -43,6 +43,7 @@ def describe(
         "task": config.task.name,
         "seed": config.seed,
         "steps": config.steps,
+        "pictures_per_step": config.data.batch * config.accumulation * accelerator.num_processes,
         "base": {"name": name, "family": base.family.name, "sha256": base.digest, "parameters": whole},
         "trained": {"parameters": trained, "share": trained / whole if whole else 0.0, "tensors": len(parameters)},
         "device": accelerator.device.type,

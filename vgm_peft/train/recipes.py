@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vgm_peft.family import Base
 
 SHIPPED = "training"
+HEAD = "# The whole configuration of this run; `vgm-train --recipe run.toml` repeats it. Paths begin at this folder.\n"
 
 
 def shipped_folder() -> Path | None:
@@ -114,7 +115,7 @@ def portable(config: RunConfig, folder: Path) -> str:
     """The resolved configuration as the text of a recipe in `folder`, which repeats the run from wherever it is read."""
     whole = table(config)
     del whole["output"]
-    return to_toml(_moved(whole, lambda name: _relative(name, folder), lambda name: Path(name).exists()))
+    return HEAD + to_toml(_moved(whole, lambda name: _relative(name, folder), lambda name: Path(name).exists()))
 
 
 def _moved(layer: Table, move: Callable[[str], str], is_path: Callable[[str], bool]) -> Table:

@@ -63,7 +63,7 @@ def train(config: RunConfig, *, resume: Path | None = None, base: Base | None = 
         cleanup.enter_context(torch.random.fork_rng())
         if accelerator.is_main_process:
             cleanup.enter_context(claimed(folder, resume is not None))
-        setup = Setup(config, _ready(config, base, accelerator), Cache(), accelerator, cleanup)
+        setup = Setup(config, _ready(config, base, accelerator, cleanup), Cache(), accelerator, cleanup)
         with _main_first(accelerator):
             task = config.task_class().prepare(setup)
         desk = loop.set_up(task, setup, folder)
@@ -100,7 +100,7 @@ def _accelerator(config: RunConfig) -> "Accelerator":
     return Accelerator(mixed_precision=precision, gradient_accumulation_steps=config.accumulation)
 
 
-def _ready(config: RunConfig, base: Base | None, accelerator: "Accelerator") -> Base:
+def _ready(config: RunConfig, base: Base | None, accelerator: "Accelerator", cleanup: ExitStack) -> Base:
     """Load the base, frozen, on the device and in the precision of the run; the VAE stays in float32."""
     from vgm_peft.families import load
 
@@ -114,6 +114,7 @@ def _ready(config: RunConfig, base: Base | None, accelerator: "Accelerator") -> 
                 module.to(dtype)
     if config.compute.gradient_checkpointing:
         cast(Any, base.denoiser).enable_gradient_checkpointing()
+        cleanup.callback(cast(Any, base.denoiser).disable_gradient_checkpointing)
     return base
 
 

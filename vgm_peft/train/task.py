@@ -120,11 +120,12 @@ class Setup:
         return build(kind, self.config.task.options, "task.")
 
     def rest(self, live_text: bool) -> None:
-        """Move what a step does not need (the VAE; the text encoders unless `live_text`) off an accelerator's memory."""
+        """Move what a step does not need (the VAE; the text encoders unless `live_text`) off an accelerator for the run."""
         if self.device.type != "cpu":
             for name, module in self.base.pipe.components.items():
                 if isinstance(module, nn.Module) and (name == "vae" or name.startswith("text_encoder") and not live_text):
                     module.to("cpu")
+                    self.cleanup.callback(module.to, self.device)
 
     @contextmanager
     def awake(self) -> Generator[None]:

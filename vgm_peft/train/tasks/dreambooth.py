@@ -6,16 +6,17 @@ latents they were sampled as; they never go through the VAE, and the cache has t
 """
 
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from vgm_peft.data import Example, scan
+from vgm_peft.data import Example, Report, scan
 from vgm_peft.errors import DataError
 from vgm_peft.family import Condition
 from vgm_peft.train.config import within
@@ -25,6 +26,9 @@ from vgm_peft.train.objective import Objective
 from vgm_peft.train.pictures import Pictures, Prompts, Shown
 from vgm_peft.train.prior import ClassPictures, ClassPlan
 from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
+
+LOOSE = frozenset("a an the of on in at with and by from to under near beside".split())
+"""Words that end no name of a thing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +97,7 @@ class DreamBooth(Task[Both]):
     @classmethod
     def prepare(cls, setup: Setup) -> Self:
         """Read the subject's pictures, have the base draw its class, cache latents and prompts, attach the delta."""
-        options = setup.options(DreamBoothOptions)
-        report = scan(setup.images, caption=options.instance_prompt)
-        setup.report(report)
+        options, report = _read(setup)
         pictures = Pictures(tuple(_named(example, options) for example in report.examples), setup)
         kind = ClassPictures.drawn(setup, options.plan(setup.config.data.batch)) if options.keeps_class else None
         if not options.class_prompt and options.prior_weight:
@@ -150,6 +152,33 @@ class DreamBooth(Task[Both]):
         }
 
 
+def _read(setup: Setup) -> tuple[DreamBoothOptions, Report]:
+    """Read the folder. Pictures with captions need no class prompt: what all captions begin with says what they show."""
+    options = setup.options(DreamBoothOptions)
+    report = scan(setup.images, caption=options.instance_prompt)
+    captions = [example.caption for example in report.examples if not _names(example.caption, options.token)]
+    if captions and not options.class_prompt:
+        options = replace(options, class_prompt=common_start(captions))
+        setup.notice(f'the class is taken from the captions: --class-prompt "{options.class_prompt}"')
+    setup.report(report)
+    if captions:
+        setup.notice(f'"{options.token}" is put into the captions: "{_named(report.examples[0], options).caption}"')
+    return options, report
+
+
+def common_start(captions: Sequence[str]) -> str:
+    """The words that all captions begin with, without a preposition or article at the end."""
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*(caption.split() for caption in captions), strict=False))
+    start = [column[0] for column in alike]
+    while start and start[-1].lower() in LOOSE:
+        start.pop()
+    return " ".join(start).rstrip(",;:")
+
+
+def _names(caption: str, token: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", caption) is not None
+
+
 def with_token(text: str, token: str, noun: str = "") -> str:
     """Put the token before the noun: `a red robot` becomes `a sks red robot`.
 
@@ -169,7 +198,7 @@ def noun_of(class_prompt: str) -> str:
 
 def _named(example: Example, options: DreamBoothOptions) -> Example:
     """Make sure that the caption names the subject: a picture's own caption gets the token before the class's noun."""
-    if re.search(rf"(?<!\w){re.escape(options.token)}(?!\w)", example.caption):
+    if _names(example.caption, options.token):
         return example
     noun = noun_of(options.class_prompt)
     caption = with_token(example.caption, options.token, noun) if noun else example.caption
