@@ -426,7 +426,7 @@ def _written(folder: Path, text: str) -> Path:
         ("seed = -1", "seed = -1"),
         ("width = 100", "expected a multiple of 8; try 96"),
         ("scheduler = 'ddimm'", 'did you mean "ddim"'),
-        ("[[deltas]]\nfile = 'a'\nstrength = inf", "strength of a = inf"),
+        ("[[deltas]]\nfile = 'a'\nstrength = inf", "strength = inf; expected a finite number"),
         ("[[deltas]]\nstrength = 1.0", "is missing"),
         ("[[deltas]]\nfile = 'a'\ndigest = '../..'", "SHA-256"),
         ("folder = '/etc'", 'unknown setting "bad.toml: folder"'),

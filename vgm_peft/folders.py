@@ -7,13 +7,17 @@ diffusers and transformers. The checks come before the first import of anything 
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from vgm_peft.errors import BaseModelError, SaveError, VgmError
+from vgm_peft.site import WRAPPER
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 CONVERT = (
@@ -56,6 +60,23 @@ def check_no_code(folder: Path) -> None:
     for path in sorted(folder.rglob("*.json")):
         if path.name.endswith("config.json") and "auto_map" in read_json(path):
             raise BaseModelError(f'{path}: "auto_map" asks for code of its own', fix="use a model of diffusers' own classes")
+
+
+def check_whole(network: "nn.Module", where: Path, found: Iterable[str] | None = None) -> None:
+    """Refuse a network of which a file held only a part, where libraries would go on with random values or none.
+
+    diffusers leaves what was missing on the meta device; for a text model of transformers, which it fills at random,
+    `found` names the tensors that the files hold. Raises `BaseModelError`.
+    """
+    missing = [name for name, p in network.named_parameters() if p.is_meta]
+    if found is not None:
+        held = {name.removeprefix(WRAPPER) for name in found}
+        missing += [name for name, _ in network.named_parameters() if name.removeprefix(WRAPPER) not in held]
+    if missing:
+        raise BaseModelError(
+            f"{where}: {len(missing)} tensors of {type(network).__name__} are missing (first: {missing[0]})",
+            fix="fetch or copy it anew",
+        )
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def parameters(stack: Stack) -> str:
         "Sampler": SCHEDULERS[stack.scheduler][1],
         "CFG scale": f"{stack.guidance:g}",
         "Seed": str(stack.seed),
-        "Size": f"{stack.width}x{stack.height}",
+        "Size": f"{stack.width}x{stack.height}" if stack.width and stack.height else "",
         "Model hash": stack.base_digest[:10],
         "Model": label(stack.base),
         "Lora hashes": ", ".join(f"{label(d.file)}: {_short_hash(stack.path(d.file))}" for d in used),

@@ -115,10 +115,8 @@ def test_slips_are_one_line(arguments: list[str], message: str, file: Path, caps
 
 
 def test_the_installed_command(file: Path) -> None:
-    command = Path(sys.executable).with_name("vgm-delta")
-    done = subprocess.run([command, "inspect", str(file)], capture_output=True, text=True)
-    assert done.returncode == 0 and "lora of sd15" in done.stdout and done.stderr == ""
     broken = file.with_name("broken.safetensors")
     broken.write_bytes(file.read_bytes()[:-1])
+    command = Path(sys.executable).with_name("vgm-delta")
     done = subprocess.run([command, "inspect", str(broken)], capture_output=True, text=True)
-    assert done.returncode == 2 and "cut short" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "cut short" in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""

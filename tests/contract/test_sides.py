@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vgm_peft.errors import BaseModelError, ConfigError, DataError, DeltaError, SaveError
+from vgm_peft.errors import BaseModelError, ConfigError, DataError, DeltaError, SaveError, VgmError
 from vgm_peft.families import TABLE as FAMILIES
 from vgm_peft.family import Base, Condition, Query, Residuals
 from vgm_peft.side import Side
@@ -179,6 +180,15 @@ def test_a_cut_file_is_refused(side: Side, tmp_path: Path) -> None:
     for weights in (tmp_path / "me").glob("*.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(DeltaError, match="cannot be loaded"):
+        open_side(tmp_path / "me", base_of("sd15"))
+
+
+def test_a_part_of_a_network_is_refused(side: Side, tmp_path: Path) -> None:
+    side.save(trained(side.name, "sd15"), tmp_path / "me")
+    weights = next((tmp_path / "me").glob("*.safetensors"))
+    tensors = load_file(weights)
+    save_file({k: v for k, v in tensors.items() if k != "conv_in.weight"}, weights, {"format": "pt"})
+    with pytest.raises(VgmError, match="missing|cannot be loaded"):
         open_side(tmp_path / "me", base_of("sd15"))
 
 

@@ -132,9 +132,8 @@ def test_diffusers_block_names_of_sdxl_are_read_too(shared: Make, tmp_path: Path
         formats.read(tmp_path / "c.safetensors", base)
 
 
-@pytest.mark.parametrize("family", ("sd15", "sdxl"))
+@pytest.mark.parametrize("family,dtype", (("sd15", None), ("sdxl", None), ("sd15", torch.float16), ("sdxl", torch.bfloat16)))
 @pytest.mark.parametrize("kind,options", (("lora", {"rank": 3, "alpha": 1.7, "rslora": True}), ("krona", {"a1": 4, "a2": 2})))
-@pytest.mark.parametrize("dtype", (None, torch.float16, torch.bfloat16))
 def test_round_trip(
     shared: Make, family: str, kind: str, options: dict[str, float], dtype: torch.dtype | None, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from vgm_peft.site import Site
 PLACES = {
     name: [places["weight"] for places in family_book(name).sites.values() if places.get("weight")] for name in ("sd15", "sdxl")
 }
-QUIET = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+QUIET = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 
 
 @st.composite

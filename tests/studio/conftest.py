@@ -31,8 +31,17 @@ def studio(home: Path) -> "Iterator[Studio]":
     from vgm_peft.studio.app import build
     from vgm_peft.studio.settings import Settings
 
+    recipe = home / "quick.toml"
+    recipe.write_text("[task]\nclass_images = 2\nclass_steps = 2\n[preview]\nsteps = 2\ncount = 1\n")
     studio = build(
-        Settings(base=str(home / "base"), runs=home / "runs", pictures=home / "pictures", port=0, upload_bytes=1_000_000)
+        Settings(
+            base=str(home / "base"),
+            runs=home / "runs",
+            recipe=recipe,
+            pictures=home / "pictures",
+            port=0,
+            upload_bytes=1_000_000,
+        )
     )
     studio.launch(block=False)
     yield studio

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.train.ground import tiny_base
 from vgm_peft.config import Table
-from vgm_peft.errors import ConfigError
+from vgm_peft.errors import ConfigError, SaveError
 from vgm_peft.train.config import LossConfig, OptimiserConfig, bind, table
 from vgm_peft.train.journal import Journal, Taken
 from vgm_peft.train.objective import Objective
@@ -145,6 +145,13 @@ def test_a_journal_goes_on_where_the_run_does(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     assert {e.step: e.value for e in events.Scalars("train/loss")}[3] == 0.25
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_journal_on_a_full_disk_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SaveError, match="disk is full"), Journal(tmp_path, 0, 5) as journal:
+        journal._file = open("/dev/full", "w")
+        journal.step(1, Taken(0.5, 0.1, 1.0))
 
 
 @pytest.mark.parametrize(

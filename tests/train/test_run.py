@@ -20,6 +20,7 @@ from vgm_peft.family import Base
 from vgm_peft.formats import read
 from vgm_peft.train import train
 from vgm_peft.train.config import RunConfig, bind, table
+from vgm_peft.train.learner import Learner
 from vgm_peft.train.recipes import resolve
 
 Make = Callable[..., RunConfig]
@@ -173,9 +174,7 @@ def test_a_run_that_learned_nothing_does_not_end_well(settings: Table, says: str
 
 def test_a_dead_part_is_named(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text encoder whose prompts come from the cache gets no gradient; weight decay must not hide that."""
-    from vgm_peft.train.task import Setup
-
-    monkeypatch.setattr(Setup, "trains_text", lambda self: False)
+    monkeypatch.setattr(Learner, "trains_text", False)
     with pytest.raises(TrainError, match=r"at \d+ of \d+ places \(first: text_encoder\."):
         train(config("dreambooth", "run", {"delta": {"text": True}}), base=tiny_base("sd15"))
 

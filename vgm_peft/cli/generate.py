@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from vgm_peft.stack.runtime import Applied
     from vgm_peft.stack.sampling import draw
 
+    record = stack.pinned()  # before the base: a mistyped file should not cost a minute
     base = load_base(stack)
-    record = stack.pinned()
     with Applied(base, stack) as applied, _Bar(stack) as bar:
         for picture in draw(applied, record, bar.step):
             bar.say(_written(picture, places.write(picture), base))

@@ -29,6 +29,9 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument(
         "--pictures", type=Path, default=Path("pictures"), metavar="DIR", help="where pictures go (default: pictures)"
     )
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="what trainings begin from (default: the base's own recipe)"
+    )
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="the address to serve on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="the port; 0 takes a free one (default: 7860)")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for these; needed for any address but this machine's own")
@@ -44,9 +47,16 @@ def run(args: argparse.Namespace) -> int:
     from vgm_peft.studio.settings import Settings, parse_auth
 
     settings = Settings(
-        base=args.base, library=tuple(args.library), runs=args.runs, pictures=args.pictures, host=args.host, port=args.port,
-        auth=parse_auth(args.auth) if args.auth else None, names=tuple(args.name),
-    )  # fmt: skip
+        base=args.base,
+        library=tuple(args.library),
+        runs=args.runs,
+        recipe=args.recipe,
+        pictures=args.pictures,
+        host=args.host,
+        port=args.port,
+        auth=parse_auth(args.auth) if args.auth else None,
+        names=tuple(args.name),
+    )
     for folder in settings.library:
         if not folder.is_dir():
             raise ConfigError(f"--library {folder}: no such folder")

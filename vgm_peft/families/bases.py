@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import safe_open
+from torch import nn
 
 from vgm_peft.errors import BaseModelError
 from vgm_peft.families.index import family_of_folder, family_of_index
 from vgm_peft.families.original import load_file
 from vgm_peft.family import Base, Family
-from vgm_peft.folders import PICKLED, first_line, quiet, read_json
+from vgm_peft.folders import PICKLED, check_whole, first_line, quiet, read_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -53,7 +55,8 @@ def load_base(
             path = _download(families, name)
         family = family_of_folder(families, path)
         pipe = _from_pretrained(family, path, dtype, _variant(path / family.denoiser))
-        files = _loaded_files(pipe, path) if digest else []
+        files = _loaded_files(pipe, path)
+    _check_whole(pipe, files)
     family = next((f for f in families.values() if f.recognises(pipe)), None)
     if family is None:
         raise BaseModelError(f"{name}: a {type(pipe).__name__} of another make", expected="one of " + ", ".join(families))
@@ -81,6 +84,23 @@ def _from_pretrained(family: Family, folder: Path, dtype: torch.dtype, variant: 
         raise BaseModelError(
             f"{folder}: cannot be loaded ({first_line(error)})", fix="fetch or copy the folder anew"
         ) from error
+
+
+def _check_whole(pipe: "DiffusionPipeline", files: list[Path]) -> None:
+    """Refuse a pipeline of which the files hold only a part. Raises `BaseModelError`."""
+    for name, network in pipe.components.items():
+        weights = [path for path in files if path.suffix == ".safetensors" and path.parent.name == name]
+        if isinstance(network, nn.Module):
+            check_whole(network, weights[0] if weights else files[0], _names(weights) if name.startswith("text") else None)
+
+
+def _names(weights: list[Path]) -> set[str] | None:
+    """Names of all tensors in a component's files; None for what came out of a single file under other names."""
+    found: set[str] = set()
+    for path in weights:
+        with safe_open(path, "pt") as file:
+            found |= set(file.keys())
+    return found or None
 
 
 def _variant(folder: Path) -> str | None:

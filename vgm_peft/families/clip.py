@@ -1,18 +1,18 @@
-"""CLIP tokenizers and text encoders without any download: OpenAI's own vocabulary, and one of toy size built in code.
+"""CLIP tokenizers and text encoders: OpenAI's own vocabulary, and one of toy size built in code.
 
-Byte-level byte-pair encoding, Sennrich et al. 2015, arXiv 1508.07909. The vocabulary that every Stable Diffusion base
-reads with follows from its list of merges, which travels in the package (`assets/clip`, under its own licence).
+Byte-level byte-pair encoding, Sennrich et al. 2015, arXiv 1508.07909. Every Stable Diffusion base reads with OpenAI's
+vocabulary; a single-file checkpoint does not hold it, so it comes from the hub, once, and from its cache ever after.
 """
 
-import gzip
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from vgm_peft.errors import BaseModelError
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
-MERGES = Path(__file__).resolve().parent.parent / "assets" / "clip" / "merges.txt.gz"
+VOCABULARY, TOKENS = "openai/clip-vit-large-patch14", 49408
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_L: Mapping[str, Any] = {
     "hidden_size": 768,
@@ -55,12 +55,27 @@ def tiny_tokenizer(length: int = 77) -> "CLIPTokenizer":
 
 
 def clip_tokenizer(pad: str | None = None) -> "CLIPTokenizer":
-    """Build the tokenizer of OpenAI's CLIP, 49,408 tokens; `pad` where a base pads with another than the end token."""
-    merges = [tuple(line.split()) for line in gzip.decompress(MERGES.read_bytes()).decode("utf-8").splitlines()]
-    return _tokenizer(cast("list[tuple[str, str]]", merges), 77, pad)
+    """Fetch the tokenizer of OpenAI's CLIP, 49,408 tokens (1 MB, cached); `pad` where a base pads with another token.
+
+    Raises `BaseModelError` when it is not in the cache and there is no network.
+    """
+    from transformers import CLIPTokenizer
+
+    load = cast(Any, CLIPTokenizer).from_pretrained
+    try:
+        tokenizer = load(VOCABULARY, pad_token=pad or END)
+    except (OSError, ValueError):
+        tokenizer = None
+    # transformers answers a name that it cannot find with a tokenizer of two words, and no error.
+    if tokenizer is None or len(tokenizer) != TOKENS:
+        raise BaseModelError(
+            f"the vocabulary that a single-file checkpoint is read with ({VOCABULARY}) is not on this machine",
+            fix="go online once, or put a folder of the checkpoint's name beside it with its configurations and tokenizer",
+        )
+    return tokenizer
 
 
-def _tokenizer(merges: list[tuple[str, str]], length: int, pad: str | None = None) -> "CLIPTokenizer":
+def _tokenizer(merges: list[tuple[str, str]], length: int) -> "CLIPTokenizer":
     """Number the letters, the letters that end a word, and what the merges make of them; then the two marks."""
     from transformers import CLIPTokenizer
 
@@ -68,7 +83,7 @@ def _tokenizer(merges: list[tuple[str, str]], length: int, pad: str | None = Non
     pieces = dict.fromkeys([*letters, *(f"{c}</w>" for c in letters), *map("".join, merges), START, END])
     build = cast(Any, CLIPTokenizer)
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    return build(vocab=vocab, merges=merges, model_max_length=length, pad_token=pad or END)
+    return build(vocab=vocab, merges=merges, model_max_length=length, pad_token=END)
 
 
 def tiny_text_config(tokenizer: "CLIPTokenizer", width: int, layers: int = 2) -> "CLIPTextConfig":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import DeltaError
-from vgm_peft.families import TABLE
+from vgm_peft.families import TABLE, family_named
 from vgm_peft.family import Base, Family
 from vgm_peft.formats.header import listed
 from vgm_peft.formats.vocabulary import BIAS_SUFFIXES, Suffixes, shape_of, unpack
@@ -58,7 +58,7 @@ def family_book(name: str) -> Book:
 
 @cache
 def _published(name: str) -> Book:
-    family = TABLE[name]
+    family = family_named(name)
     sites = [site for part, root in family.published().items() for site in find_sites(part, root)]
     return _book(family, sites, loaded=False)
 

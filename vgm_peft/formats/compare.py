@@ -99,12 +99,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _change(patch: Patch, base: Base | None) -> Tensor:
-    weight = stand_in(patch, base_tensor(patch.site, base)).to(_device(patch))
-    return patch.change(weight).detach().to("cpu", torch.float32)
-
-
-def _device(patch: Patch) -> torch.device:
-    return next((p.device for p in patch.parameters()), torch.device("cpu"))
+    return patch.change(stand_in(patch, base_tensor(patch.site, base))).detach().to("cpu", torch.float32)
 
 
 def _dtype(patch: Patch) -> torch.dtype:

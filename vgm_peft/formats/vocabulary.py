@@ -96,14 +96,15 @@ def base_tensor(site: Site, base: Base | None) -> Tensor | None:
 
 
 def stand_in(patch: Patch, base: Tensor | None) -> Tensor:
-    """Return the base tensor, or zeros of its shape without memory where the patch reads nothing but the shape."""
+    """Return the base tensor on the patch's device, or zeros without memory where the patch reads nothing but the shape."""
+    device = next((p.device for p in patch.parameters()), torch.device("cpu"))
     if base is not None:
-        return base
+        return base.to(device)
     if not patch.base_free:
         raise DeltaError(
             f"{patch.site}: a change by {patch.kind} depends on the base's own weights", fix="name the base with --base"
         )
-    return torch.zeros(()).expand(patch.site.shape)
+    return torch.zeros((), device=device).expand(patch.site.shape)
 
 
 def rank_of(tensors: Mapping[str, Tensor]) -> int | None:

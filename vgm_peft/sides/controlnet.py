@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vgm_peft.errors import DataError, DeltaError
 from vgm_peft.family import Base, Query, Residuals
-from vgm_peft.folders import check_component, first_line, read_json, replace_folder
+from vgm_peft.folders import check_component, check_whole, first_line, read_json, replace_folder
 from vgm_peft.side import Side
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class ControlNet(Side):
             network = ControlNetModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DeltaError(f"{folder}: cannot be loaded ({first_line(error)})", fix="fetch or copy it anew") from error
+        check_whole(network, folder)
         return _to(network, base.device).requires_grad_(False).eval()
 
     def save(self, network: nn.Module, folder: Path) -> None:

@@ -45,7 +45,7 @@ def locate(stack: Stack, folders: Sequence[Path]) -> Stack:
     """
     files = [path for folder in folders for path in _files(folder)]
     deltas = tuple(replace(d, file=str(_match(d.file, d.digest, files))) for d in stack.deltas)
-    networks = [p.parent for folder in folders for p in sorted(folder.rglob("config.json"))]
+    networks = [p.parent for folder in folders for p in sorted(folder.rglob("config.json"))] if stack.controls else []
     controls = tuple(
         replace(
             c,

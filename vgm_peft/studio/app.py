@@ -90,6 +90,8 @@ def launch_options(settings: Settings) -> dict[str, Any]:
         "quiet": True,
         "show_error": True,
         "footer_links": [],
+        # Gradio would otherwise ask itself for the page and give up after seconds, which a busy machine fails.
+        "_frontend": False,
     }
 
 

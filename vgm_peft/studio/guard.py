@@ -54,13 +54,13 @@ class Guard:
 
         hosts, origins = all_of(b"host"), all_of(b"origin")
         if len(hosts) != 1 or _name(hosts[0]) not in self.hosts:
-            return "this address is not served here"
+            return "This name is not served here. If it should be, start vgm-studio with --name and this name."
         if any(urlsplit(origin).netloc.lower() != hosts[0].lower() for origin in origins):
-            return "requests from other pages are refused"
+            return "Requests from other pages are refused."
         site, mode = all_of(b"sec-fetch-site"), all_of(b"sec-fetch-mode")
         foreign = any(value not in ("same-origin", "none") for value in site)
         if foreign and not (scope.get("method") == "GET" and mode == ["navigate"] and scope["path"] == "/"):
-            return "requests from other pages are refused"
+            return "Requests from other pages are refused."
         return ""
 
 

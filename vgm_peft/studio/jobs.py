@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +72,13 @@ class Job:
         self.wish, self.folder = wish, settings.runs / wish.folder_name
         self.log = settings.inbox / f"{wish.folder_name}.log"
         self._asked_to_stop = False
+        recipe = [f"--recipe={settings.recipe}"] if settings.recipe else []
         # A list, never a shell; "=" keeps a text that begins with "-" from being read as a flag.
         command = [
             *(sys.executable, "-c", "import sys; from vgm_peft.cli import main; sys.exit(main('train'))", "dreambooth"),
             *(f"--images={images}", f"--base={settings.base}", f"--output={self.folder}"),
             *(f"--class-prompt={wish.class_prompt.strip()}", f"--token={wish.token.strip()}"),
-            *(f"--steps={wish.steps}", f"--seed={wish.seed}", f"--set=preview.every={max(1, wish.steps // 4)}"),
+            *(f"--steps={wish.steps}", f"--seed={wish.seed}", f"--set=preview.every={-(-wish.steps // 4)}", *recipe),
         ]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -127,19 +129,21 @@ class Desk:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.job: Job | None = None
+        self._lock = threading.Lock()
 
     def start(self, wish: Wish, files: list[str]) -> Job:
         """Keep the pictures and start training. Raises `TrainError` while another training runs or for a name in use."""
         from vgm_peft.studio.uploads import keep_pictures
 
-        if self.job is not None and self.job.running:
-            raise TrainError(f'"{self.job.wish.name}" is still training', fix="wait for it, or stop it")
-        if (self.settings.runs / wish.folder_name).exists():
-            raise TrainError(f'a run named "{wish.name}" exists', fix="choose another name")
-        images = self.settings.inbox / f"{wish.folder_name}-{time.time_ns():x}" / wish.folder_name
-        keep_pictures(files, images, self.settings.upload_count)
-        self.job = Job(self.settings, wish, images)
-        return self.job
+        with self._lock:  # two tabs may press at once
+            if self.job is not None and self.job.running:
+                raise TrainError(f'"{self.job.wish.name}" is still training', fix="wait for it, or stop it")
+            if (self.settings.runs / wish.folder_name).exists():
+                raise TrainError(f'a run named "{wish.name}" exists', fix="choose another name")
+            images = self.settings.inbox / f"{wish.folder_name}-{time.time_ns():x}" / wish.folder_name
+            keep_pictures(files, images, self.settings.upload_count)
+            self.job = Job(self.settings, wish, images)
+            return self.job
 
     def stop(self) -> None:
         """Stop the training that runs, if one does."""

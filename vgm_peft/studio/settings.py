@@ -16,6 +16,8 @@ class Settings:
     """Further folders with deltas and control networks; the runs are always in the library."""
     runs: Path = Path("runs")
     """Where trainings write, and their uploaded pictures."""
+    recipe: Path | None = None
+    """What trainings begin from; the shipped recipe for the base when left out."""
     pictures: Path = Path("pictures")
     """Where drawn pictures are kept."""
     host: str = "127.0.0.1"

@@ -43,7 +43,7 @@ class TrainTab:
                     kind = gr.Textbox(label="What it is", value="a toy", max_length=200, info="Its class, as in “a robot”.")
                 with gr.Row():
                     token = gr.Textbox(label="Word for it", value="sks", max_length=40, info="Write “a sks robot” to draw it.")
-                    steps = gr.Slider(1, 2000, 300, step=1, label="Steps", elem_id="train-steps", info="More learns it closer.")
+                    steps = gr.Slider(1, 2000, 200, step=1, label="Steps", elem_id="train-steps", info="More learns it closer.")
                 with gr.Row():
                     go = gr.Button("Train", variant="primary", scale=3, elem_id="train")
                     self._halt = gr.Button("Stop and keep", scale=1, interactive=False, elem_id="train-stop")

@@ -8,6 +8,7 @@ import importlib
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -67,8 +68,9 @@ class Journal:
 
     def __exit__(self, *exc: object) -> None:
         for thing in (self._bar, self._file, self._events):
-            if thing is not None:
-                thing.close()
+            with suppress(OSError):  # a full disk has been reported by the write that met it
+                if thing is not None:
+                    thing.close()
 
 
 def _bar(done: int, steps: int) -> Any:

@@ -25,25 +25,26 @@ RESULT = "delta.safetensors"
 
 @dataclass
 class Learner:
-    """A fresh delta, live on the base for the length of the run."""
+    """A fresh delta, live on the base for the length of the run once it is attached."""
 
     delta: Delta
-    attachment: Attachment
     config: RunConfig
     base: Base
 
     @classmethod
     def fit(cls, setup: Setup) -> "Learner":
-        """Choose the sites, make the delta and attach it. Raises `ConfigError` or `DeltaError` before the base is touched."""
+        """Choose the sites and make the delta. Raises `ConfigError` or `DeltaError`, so this comes before all long work."""
         config, base = setup.config, setup.base
         chosen, method = config.delta or DeltaConfig(), config.method()
         options = cast("DataclassInstance", build(method.Options, chosen.options, "delta."))
         patterns = (*chosen.sites, *(("text",) if chosen.text else ()))
         sites = choose(base.sites, patterns, base.family.presets, method.ops)
         delta = Delta.fit(base.family.name, method, sites, options, seed=config.seed).to(setup.device)
-        attachment = Attachment(base.parts, delta)
-        setup.cleanup.callback(attachment.remove)
-        return cls(delta, attachment, config, base)
+        return cls(delta, config, base)
+
+    def attach(self, setup: Setup) -> None:
+        """Put the delta on the base until the run is over; what is cached of the untouched base must come before."""
+        setup.cleanup.callback(Attachment(self.base.parts, self.delta).remove)
 
     @property
     def trains_text(self) -> bool:

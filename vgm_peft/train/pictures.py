@@ -76,13 +76,9 @@ class Pictures:
 class Prompts:
     """Captions to conditions: encoded once for all, or at every call while a text encoder or a word is trained."""
 
-    def __init__(self, captions: Iterable[str], setup: Setup, live: bool | None = None) -> None:
-        """Encode `captions`, unless they must be encoded `live` (left out: when the delta touches a text encoder).
-
-        Must precede attaching, or nothing can be cached.
-        """
-        self.base = setup.base
-        self.live = setup.trains_text() if live is None else live
+    def __init__(self, captions: Iterable[str], setup: Setup, live: bool) -> None:
+        """Encode `captions`, unless they are to be encoded `live`. Precedes attaching, or nothing could be cached."""
+        self.base, self.live = setup.base, live
         found = {} if self.live else encode_prompts(setup.base, captions, setup.cache)
         self._known = {caption: condition.to(setup.device) for caption, condition in found.items()}
 

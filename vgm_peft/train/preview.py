@@ -1,16 +1,16 @@
 """Pictures made on the way, by the base's own stock pipeline with what is being trained in it."""
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from vgm_peft.stack.sampling import scheduler_for
 from vgm_peft.train.config import RunConfig
 from vgm_peft.train.durable import saving
-from vgm_peft.train.task import Setup, Task
+from vgm_peft.train.sampler import sampler
+from vgm_peft.train.task import Setup, Task, own_chance
 
 
 class Previews:
@@ -38,31 +38,28 @@ class Previews:
             return
         with saving(self.folder):
             self.folder.mkdir(exist_ok=True)
-        with torch.random.fork_rng(), torch.no_grad(), self.setup.awake(), self.task.preview() as preview:
+        with own_chance(self.setup.device), torch.no_grad(), self.setup.awake(), self.task.preview() as preview:
             prompts = self.config.preview.prompts or tuple(preview.prompts)
-            pipe = cast(Any, preview.pipe)
-            with _sampler(pipe, self.setup):
+            with sampler(preview.pipe, self.setup.base) as pipe, self.setup.accelerator.autocast():
                 for i in range(plan.count):
                     extra = {name: values[i % len(values)] for name, values in preview.extra.items()}
-                    image = pipe(
+                    latents = pipe(
                         prompt=prompts[i % len(prompts)],
                         num_inference_steps=plan.steps,
                         guidance_scale=plan.guidance,
                         generator=torch.Generator().manual_seed(self.config.seed + i),
+                        output_type="latent",
                         **extra,
-                    ).images[0]
-                    path = self.folder / f"step-{step:06d}-{i}.png"
-                    with saving(path):
-                        image.save(path)
-                    self.drawn.append(path)
+                    ).images
+                    self._save(latents, self.folder / f"step-{step:06d}-{i}.png")
 
+    def _save(self, latents: Tensor, path: Path) -> None:
+        """Decode by the family, since the VAE may be in another precision than what sampled."""
+        from PIL import Image
 
-@contextmanager
-def _sampler(pipe: Any, setup: Setup) -> Generator[None]:
-    before = pipe.scheduler
-    pipe.scheduler = scheduler_for(setup.base, "dpmpp")
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipe.scheduler = before
+        base = self.setup.base
+        pixels = base.family.decode(base, latents)[0].float().permute(1, 2, 0) / 2 + 0.5
+        image = Image.fromarray((pixels.clamp(0, 1).nan_to_num() * 255).round().to(torch.uint8).cpu().numpy())
+        with saving(path):
+            image.save(path)
+        self.drawn.append(path)

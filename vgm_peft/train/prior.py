@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,12 +10,11 @@ from vgm_peft import __version__
 from vgm_peft.data import Order
 from vgm_peft.data.cache import key_of
 from vgm_peft.errors import BaseModelError
-from vgm_peft.stack.sampling import scheduler_for
+from vgm_peft.train.sampler import SCHEDULER, sampler
 from vgm_peft.train.task import Setup, Turn
 
 TOGETHER = 8
 """Pictures drawn in one call. Part of the key: in another batch the same picture may differ in its last bits."""
-SCHEDULER = "dpmpp"
 
 
 @dataclass(frozen=True)
@@ -81,12 +79,8 @@ def _key(setup: Setup, plan: ClassPlan, resolution: int, number: int) -> str:
 @torch.no_grad()
 def _draw(setup: Setup, plan: ClassPlan, resolution: int, number: int) -> Tensor:
     """Sample one set, (TOGETHER, C, H, W) float32 on the CPU."""
-    pipe = cast(Any, setup.base.pipe)
     seed = int.from_bytes(hashlib.blake2b(f"class/{number}".encode(), digest_size=7).digest(), "big")
-    before = pipe.scheduler
-    pipe.scheduler = scheduler_for(setup.base, SCHEDULER)
-    pipe.set_progress_bar_config(disable=True)
-    try:
+    with sampler(setup.base.pipe, setup.base) as pipe:
         latents: Tensor = pipe(
             prompt=[plan.prompt] * TOGETHER,
             num_inference_steps=plan.steps,
@@ -96,8 +90,6 @@ def _draw(setup: Setup, plan: ClassPlan, resolution: int, number: int) -> Tensor
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
         ).images
-    finally:
-        pipe.scheduler = before
     if not bool(torch.isfinite(latents).all()):
         raise BaseModelError("the base draws class pictures that are not finite", fix="compute in bf16 or float32")
     return latents.float().cpu()

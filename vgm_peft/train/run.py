@@ -20,7 +20,7 @@ from vgm_peft.train.folder import RECIPE, choose_folder, claimed
 from vgm_peft.train.learned import demand_learned, fingerprints
 from vgm_peft.train.manifest import describe, digest_of_file, write_manifest
 from vgm_peft.train.recipes import portable
-from vgm_peft.train.task import Setup, Task
+from vgm_peft.train.task import Setup, Task, own_chance
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,7 +60,7 @@ def train(config: RunConfig, *, resume: Path | None = None, base: Base | None = 
     accelerator = _accelerator(config)
     folder = _agree(accelerator, resume or choose_folder(config))
     with ExitStack() as cleanup:
-        cleanup.enter_context(torch.random.fork_rng())
+        cleanup.enter_context(own_chance(accelerator.device))
         if accelerator.is_main_process:
             cleanup.enter_context(claimed(folder, resume is not None))
         setup = Setup(config, _ready(config, base, accelerator, cleanup), Cache(), accelerator, cleanup)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from vgm_peft.config import build
 from vgm_peft.errors import ConfigError
-from vgm_peft.site import choose
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,6 +49,11 @@ class Turn:
     def generator(self, purpose: str = "") -> torch.Generator:
         """A fresh CPU generator for one purpose."""
         return torch.Generator().manual_seed(self.value(purpose))
+
+
+def own_chance(device: torch.device) -> AbstractContextManager[None]:
+    """A context whose use of torch's global chance leaves no trace outside."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,6 @@ class Setup:
         """Take in what the folder of pictures holds: its notes are for the user."""
         self.notices.extend(report.notes)
         self.notices.extend(f"{name} plays no part: {reason}" for name, reason in report.ignored)
-
-    def trains_text(self) -> bool:
-        """Whether the chosen sites reach a text encoder, so that prompts must be encoded at every step."""
-        delta, family = self.config.delta, self.base.family
-        if delta is None:
-            return False
-        patterns = (*delta.sites, *(("text",) if delta.text else ()))
-        sites = choose(self.base.sites, patterns, family.presets, self.config.method().ops)
-        return any(site.part != family.denoiser for site in sites)
 
     def options(self, kind: type[Options]) -> Options:
         """The task's own options, bound to its dataclass."""
@@ -187,4 +182,4 @@ class Task(ABC, Generic[Batch]):
 
     @abstractmethod
     def facts(self) -> Mapping[str, object]:
-        """What the manifest should hold besides what every run's does: data digests, effective scale, notices."""
+        """What the manifest should hold besides what every run's does; `data` names the data by content."""

@@ -74,7 +74,7 @@ class ControlNet(Task[Pair]):
                 fix='put one of the same name into a subfolder control/, or name it in metadata.jsonl as "control"',
             )
         pictures = Pictures(report.examples, setup)
-        prompts = Prompts(pictures.captions(), setup)
+        prompts = Prompts(pictures.captions(), setup, live=False)
         network = side.create(setup.base, setup.config.seed)
         if setup.config.compute.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]

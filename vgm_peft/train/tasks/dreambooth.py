@@ -98,12 +98,13 @@ class DreamBooth(Task[Both]):
     def prepare(cls, setup: Setup) -> Self:
         """Read the subject's pictures, have the base draw its class, cache latents and prompts, attach the delta."""
         options, report = _read(setup)
+        learner = Learner.fit(setup)
         pictures = Pictures(tuple(_named(example, options) for example in report.examples), setup)
         kind = ClassPictures.drawn(setup, options.plan(setup.config.data.batch)) if options.keeps_class else None
         if not options.class_prompt and options.prior_weight:
             setup.notice("no --class-prompt: nothing keeps the base from taking everything of that kind for this subject")
-        prompts = Prompts([*pictures.captions(), *([options.class_prompt] if kind else [])], setup)
-        learner = Learner.fit(setup)
+        prompts = Prompts([*pictures.captions(), *([options.class_prompt] if kind else [])], setup, live=learner.trains_text)
+        learner.attach(setup)
         setup.rest(prompts.live)
         return cls(options, learner, pictures, kind, prompts, Objective.of(setup.base, setup.config.loss))
 

@@ -41,9 +41,10 @@ class FineTune(Task[Shown]):
         """Read the pictures; every one must have a caption."""
         report = scan(setup.images, require_captions=True)
         setup.report(report)
-        pictures = Pictures(report.examples, setup)
-        prompts = Prompts(pictures.captions(), setup)
         learner = Learner.fit(setup)
+        pictures = Pictures(report.examples, setup)
+        prompts = Prompts(pictures.captions(), setup, live=learner.trains_text)
+        learner.attach(setup)
         setup.rest(prompts.live)
         return cls(learner, pictures, prompts, Objective.of(setup.base, setup.config.loss))
 
