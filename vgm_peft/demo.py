@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vgm_peft.config import Table
 from vgm_peft.errors import VgmError
 
 if TYPE_CHECKING:
@@ -33,8 +34,13 @@ def main() -> int:
     images, style = assets / "subjects" / SUBJECT, assets / "deltas" / f"{STYLE}.safetensors"
     print(f"Teaching the Toybox base a toy it has never seen, from the five pictures in {images} ...", flush=True)
     base = load("toybox")
-    asked = {"task": {"name": "dreambooth"}, "data": {"images": str(images)}, "output": str(_free(Path("runs/demo")))}
-    result = train(resolve({**asked, "exports": ["kohya", "diffusers"]}).config, base=base)
+    asked: Table = {
+        "task": {"name": "dreambooth", "class_prompt": f"a photo of a {SUBJECT}"},
+        "data": {"images": str(images)},
+        "output": str(_free(Path("runs/demo"))),
+        "exports": ["kohya", "diffusers"],
+    }
+    result = train(resolve(asked).config, base=base)
     if result.delta is None:
         print(f"Stopped; go on with: vgm-train --resume {result.folder}")
         return 130

@@ -40,7 +40,7 @@ class Picture:
         info = PngInfo()
         info.add_text("parameters", parameters(self.stack))
         info.add_text(KEY, json.dumps({"version": __version__, "stack": portable(self.stack).table()}, ensure_ascii=True))
-        return _save(self.image, path, info)
+        return write_image(self.image, path, info)
 
 
 def read_stack(path: Path) -> Stack:
@@ -150,7 +150,8 @@ def _short_hash(path: Path) -> str:
         return "unknown"
 
 
-def _save(image: "Image.Image", path: Path, info: object) -> Path:
+def write_image(image: "Image.Image", path: Path, info: object = None) -> Path:
+    """Write a PNG aside, with `info` (Pillow's PngInfo) in it, and rename it. Raises `SaveError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)

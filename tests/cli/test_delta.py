@@ -84,6 +84,8 @@ def test_export_names_the_file_itself_and_rounds_when_asked(file: Path, capsys: 
     assert main("delta", ["export", str(file), "--for", "comfyui", "--dtype", "float16"]) == 0
     stored = load_file(file.with_name("me-comfyui.safetensors"))
     assert {t.dtype for name, t in stored.items() if not name.endswith("alpha")} == {torch.float16}
+    assert main("delta", ["inspect", str(file.with_name("me-comfyui.safetensors"))]) == 0
+    assert "trained values, float32, float16" in capsys.readouterr().out
 
 
 def test_export_of_kronecker_factors(base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

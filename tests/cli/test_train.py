@@ -156,7 +156,8 @@ def test_every_flag_reaches_its_setting(images: Path) -> None:
     own = [a for a in parser._actions if a.option_strings and a.dest not in ("help", "set")]
     assert len(own) <= 12
     args: argparse.Namespace = parser.parse_args(
-        "dreambooth --images me --base b --delta d --class-prompt c --token t --steps 3 --seed 4 --output o --export x,y".split()
+        "dreambooth --images me --base b --delta d --class-prompt c --token t --steps 3 --seed 4 --output o "
+        "--export x,y".split()
     )
     assert _table(args) == {
         "task": {"name": "dreambooth", "class_prompt": "c", "token": "t"},

@@ -7,13 +7,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests.train.ground import files, tiny_base
+from vgm_peft.attachment import Attachment
 from vgm_peft.config import Table, merge
+from vgm_peft.data import Cache, scan
 from vgm_peft.errors import SaveError, TrainError
 from vgm_peft.families import family_named
 from vgm_peft.family import Base
@@ -21,7 +25,10 @@ from vgm_peft.formats import read
 from vgm_peft.train import train
 from vgm_peft.train.config import RunConfig, bind, table
 from vgm_peft.train.learner import Learner
+from vgm_peft.train.objective import Objective
+from vgm_peft.train.pictures import Pictures
 from vgm_peft.train.recipes import resolve
+from vgm_peft.train.task import Setup, Turn
 
 Make = Callable[..., RunConfig]
 
@@ -177,6 +184,30 @@ def test_a_dead_part_is_named(config: Make, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Learner, "trains_text", False)
     with pytest.raises(TrainError, match=r"at \d+ of \d+ places \(first: text_encoder\."):
         train(config("dreambooth", "run", {"delta": {"text": True}}), base=tiny_base("sd15"))
+
+
+def test_the_delta_lowers_the_loss_it_was_trained_on(config: Make) -> None:
+    base, settings = tiny_base("sd15"), config("finetune", "run", {"steps": 12, "delta": {"sites": ["all"]}})
+    with ExitStack() as cleanup:
+        setup = Setup(settings, base, Cache(), Accelerator(), cleanup)
+        pictures = Pictures(scan(Path(settings.data.images)).examples, setup)
+    result = train(settings, base=base)
+    assert result.delta is not None
+
+    def loss() -> float:
+        objective, total = Objective.of(base, settings.loss), 0.0
+        for number in range(1000, 1008):  # noise that training never saw
+            turn = Turn(7, number)
+            shown = pictures.draw(turn)
+            condition = base.family.encode_prompt(base, shown.captions)
+            total += float(objective.losses(shown.x0, condition, shown.sizes, turn).mean())
+        return total / 8
+
+    with torch.no_grad():
+        before = loss()
+        with Attachment(base.parts, read(result.delta, base)):
+            after = loss()
+    assert after < 0.97 * before
 
 
 @pytest.mark.parametrize("task", ["finetune", "controlnet"])

@@ -97,7 +97,9 @@ class Lora(Patch):
         """Return s * up(down(x)): two thin products in place of one wide."""
         hidden = self._hidden(x, layer)
         up = self.up.to(hidden.dtype)
-        return self._scale() * (F.linear(hidden, up) if self.site.op == "linear" else _pointwise(hidden, up, layer))
+        if self.site.op == "linear":
+            return self._scale() * F.linear(hidden, up).view(*x.shape[:-1], len(up))
+        return self._scale() * _pointwise(hidden, up, layer)
 
     def add_to(self, output: Tensor, x: Tensor, layer: nn.Module, base: Tensor, strength: float) -> Tensor:
         """Return `output + strength * contribution(x)`, scaled and summed inside the product with `up`."""
@@ -113,21 +115,21 @@ class Lora(Patch):
         return torch.baddbmm(output.flatten(2), many, hidden.flatten(2), alpha=scale).view(output.shape)
 
     def _hidden(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """Return down(x): (..., R) for linear, (B, groups * R, *spatial) for conv."""
+        """Return down(x): (tokens of all pictures, R) for linear, (B, groups * R, *spatial) for conv."""
         down, options = self.down.to(x.dtype), self.options
+        batch = x.shape[0]
         if self.training and options.dropout:
             x = F.dropout(x, options.dropout)
         if self.site.op == "linear":
-            hidden = F.linear(x, down)
+            hidden = F.linear(x.reshape(-1, x.shape[-1]), down)
         else:
             groups = cast(nn.Conv2d, layer).groups
             hidden = convolve(layer, x, down if groups == 1 else down.repeat(groups, *[1] * (down.dim() - 1)))
         if self.training and options.rank_dropout:
-            channel = -1 if self.site.op == "linear" else 1
             # One draw for every picture and rank, shared by the tokens or pixels.
-            shape = [1] * hidden.dim()
-            shape[0], shape[channel] = hidden.shape[0], hidden.shape[channel]
-            hidden = hidden * F.dropout(hidden.new_ones(shape), options.rank_dropout)
+            keep = F.dropout(hidden.new_ones(batch, hidden.shape[1]), options.rank_dropout)
+            keep = keep.repeat_interleave(len(hidden) // batch, 0)
+            hidden = hidden * keep.view(*keep.shape, *[1] * (hidden.dim() - 2))
         return hidden
 
     def _scale(self) -> float:

@@ -22,7 +22,7 @@ from vgm_peft.formats.format import Format, Parcel
 from vgm_peft.formats.header import Header, listed
 from vgm_peft.site import locate
 
-__all__ = ["ALIASES", "FORMATS", "format_named", "names_of", "open_header", "read", "sniff", "write"]
+__all__ = ["ALIASES", "FORMATS", "file_of", "format_named", "names_of", "open_header", "read", "sniff", "write"]
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {module.FORMAT.name: module.FORMAT for module in (native, kohya, diffusers, embedding)}
@@ -46,7 +46,7 @@ def format_named(name: str) -> Format:
 
 def sniff(path: str | os.PathLike[str]) -> str:
     """Return the name of a file's format, from its header alone. Raises `DeltaError` when it is none of them."""
-    return _recognised(open_header(_file(path))).name
+    return _recognised(open_header(file_of(path))).name
 
 
 def read(path: str | os.PathLike[str], base: Base | None = None) -> Delta:
@@ -55,7 +55,7 @@ def read(path: str | os.PathLike[str], base: Base | None = None) -> Delta:
     With a base everything is checked against it. Without, the family and the shapes come from the file. Raises
     `DeltaError` when the file is damaged, holds a tensor that is not understood, or belongs to another family.
     """
-    header = open_header(_file(path))
+    header = open_header(file_of(path))
     delta = _read(header, base)
     if base is not None:
         _check_fit(delta, base, header.path)
@@ -116,7 +116,8 @@ def _only(delta: Delta, written: Delta) -> Delta:
     return Delta(delta.family, {}, {token: word for token, word in delta.words.items() if token in written.words})
 
 
-def _file(path: str | os.PathLike[str]) -> Path:
+def file_of(path: str | os.PathLike[str]) -> Path:
+    """Return the delta's file for a file or the folder that holds it. Raises `DeltaError` when the folder has none."""
     path = Path(path)
     if not path.is_dir():
         return path

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from math import prod
 from os import PathLike
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 
 from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import DeltaError
-from vgm_peft.formats import open_header, read, sniff
+from vgm_peft.formats import file_of, open_header, read, sniff
+from vgm_peft.formats.canonical import DTYPES
 from vgm_peft.formats.vocabulary import stand_in
 
 Plain = str | int | float | bool | None
@@ -47,7 +49,7 @@ class Summary:
     values: int
     """Trained values."""
     dtypes: dict[str, int]
-    """Values by the dtype they are stored in."""
+    """Stored values by dtype, those of the format's own (`alpha`) among them."""
     parts: dict[str, int]
     """Changed layers by part of the base."""
     groups: list[Group]
@@ -62,20 +64,19 @@ class Summary:
 
 def summarise(path: str | PathLike[str]) -> Summary:
     """Read a file of any format and say what it holds. Raises `DeltaError` as `read` does."""
-    delta, form = read(path), sniff(path)
+    delta, header = read(path), open_header(file_of(path))
     groups: dict[tuple[str, str], list[Patch]] = {}
     for patch in delta:
         groups.setdefault((patch.kind, repr(patch.options)), []).append(patch)
     ranks = Counter(rank for patch in delta if (rank := getattr(patch.options, "rank", None)) is not None)
     dtypes: Counter[str] = Counter()
-    tensors = [p for _, p in delta.parameters()] + [rows for word in delta.words.values() for rows in word.rows.values()]
-    for tensor in tensors:
-        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    for entry in header.tensors.values():
+        dtypes[str(DTYPES[entry.dtype]).removeprefix("torch.")] += prod(entry.shape)
     return Summary(
         file=Path(path).name,
-        format=form,
+        format=sniff(path),
         family=delta.family,
-        size=_size(path),
+        size=header.size,
         values=delta.count(),
         dtypes=dict(dtypes),
         parts=dict(Counter(patch.site.part for patch in delta)),
@@ -88,11 +89,6 @@ def summarise(path: str | PathLike[str]) -> Summary:
         words={token: {part: list(rows.shape) for part, rows in word.rows.items()} for token, word in delta.words.items()},
         metadata=dict(sorted(delta.metadata.items())),
     )
-
-
-def _size(path: str | PathLike[str]) -> int:
-    path = Path(path)
-    return sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else open_header(path).size
 
 
 @torch.no_grad()

@@ -119,9 +119,9 @@ class CreateTab:
         """The right side: how far it is, the pictures, and what they say of themselves."""
         self.status = gr.HTML(bar(-1, "Ctrl-Enter draws."), elem_classes="status", elem_id="status", padding=False)
         self.gallery = gr.Gallery(
-            label="Pictures",
+            show_label=False,
             columns=2,
-            height=560,
+            height=640,
             object_fit="contain",
             interactive=False,
             format="png",

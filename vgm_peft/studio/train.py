@@ -45,13 +45,13 @@ class TrainTab:
                     token = gr.Textbox(label="Word for it", value="sks", max_length=40, info="Write “a sks robot” to draw it.")
                     steps = gr.Slider(1, 2000, 200, step=1, label="Steps", elem_id="train-steps", info="More learns it closer.")
                 with gr.Row():
-                    go = gr.Button("Train", variant="primary", scale=3, elem_id="train")
+                    self._go = gr.Button("Train", variant="primary", scale=3, elem_id="train")
                     self._halt = gr.Button("Stop and keep", scale=1, interactive=False, elem_id="train-stop")
             with gr.Column(scale=6, min_width=340):
                 begin = bar(-1, "Drop pictures to begin.")
                 self._status = gr.HTML(begin, elem_classes="status", elem_id="train-status", padding=False)
                 self._previews = gr.Gallery(
-                    label="On the way",
+                    show_label=False,
                     columns=4,
                     height=420,
                     object_fit="contain",
@@ -63,12 +63,12 @@ class TrainTab:
                     self._log = gr.Textbox(show_label=False, lines=8, max_lines=16, interactive=False, elem_id="log")
         self._wire()
         files.change(self._show, files, shown, show_progress="hidden", api_visibility="private")
-        go.click(self._start, [files, name, kind, token, steps], self._status, show_progress="hidden", api_name="train")
+        self._go.click(self._start, [files, name, kind, token, steps], self._status, show_progress="hidden", api_name="train")
 
     def _wire(self) -> None:
         """Let a timer bring the page up to date, and the button stop the training."""
         seen, timer = gr.State(""), gr.Timer(1.0)
-        outputs = [self._status, self._previews, self._log, self._halt, self.create.chosen, seen]
+        outputs = [self._status, self._previews, self._log, self._go, self._halt, self.create.chosen, seen]
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         timer.tick(self._tick, seen, outputs, **quiet)
         self._halt.click(self.desk.stop, None, None, **quiet)
@@ -98,12 +98,13 @@ class TrainTab:
         state = None if self.desk.job is None else self.desk.job.state()
         now = f"{state and (state.step, state.message, state.previews, state.running)}|{names}"
         if now == seen:
-            return (*[gr.skip()] * 5, seen)
+            return (*[gr.skip()] * 6, seen)
         chosen = gr.Dropdown(choices=names)
         if state is None:
-            return (*[gr.skip()] * 4, chosen, now)
-        previews = [(str(path), path.stem) for path in state.previews]
-        return _line(state), previews, state.log, gr.Button(interactive=state.running), chosen, now
+            return (*[gr.skip()] * 5, chosen, now)
+        previews = [(str(path), _caption(path)) for path in state.previews]
+        buttons = gr.Button(interactive=not state.running), gr.Button(interactive=state.running)
+        return _line(state), previews, state.log, *buttons, chosen, now
 
 
 def _line(state: State) -> str:
@@ -113,6 +114,12 @@ def _line(state: State) -> str:
     if state.running and state.seconds_left is not None:
         parts.append(f"{clock(state.seconds_left)} left")
     return bar(state.step / state.steps if state.running or state.step == state.steps else -1, " · ".join(parts))
+
+
+def _caption(path: Path) -> str:
+    """`step-000100-0` -> `step 100`."""
+    step = path.stem.split("-")[1:2]
+    return f"step {int(step[0])}" if step and step[0].isdigit() else path.stem
 
 
 def _small(picture: "Image.Image") -> "Image.Image":
