@@ -37,7 +37,7 @@ from vgm_peft.family import Base, Condition, Query
 from vgm_peft.site import choose
 
 Step = Callable[[], float]
-CHUNK = 10
+CHUNK = 8
 Pair = tuple["Span", "Span"]
 
 
@@ -265,7 +265,7 @@ def main() -> None:
     size = (args.batch, args.rank)
     rows = [table_row(("ours", "diffusers + peft"), compare_steps(name, *size, args.pairs, args.device))]
     if not args.no_loop:
-        rows.append(table_row(("loop", "bare step"), compare_loop(name, *size, max(4, args.pairs // CHUNK)), CHUNK))
+        rows.append(table_row(("loop", "bare step"), compare_loop(name, *size, max(4, args.pairs // 4)), CHUNK))
     threads = f"{torch.get_num_threads()} thread(s), torch {torch.__version__}"
     print(f"base {name}, batch {args.batch}, rank {args.rank}, {args.device}, {threads}\n")
     print("| A / B | A, ms | B, ms | A/B | quartiles | A/B of processor time | pairs |\n|---|---|---|---|---|---|---|")

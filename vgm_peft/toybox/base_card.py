@@ -149,6 +149,6 @@ Shares are 0..1, read by the project's attribute oracles (`python -m vgm_peft.to
 ## Limits
 
 64x64 pixels; small details (faces, thin handles) blur. Words outside the world do nothing. It was never shown the
-held-out subjects, patterns and styles that users' deltas are tested with. Train it on, or on a GPU from nothing, with
-`python -m vgm_peft.toybox train-base --help`.
+held-out subjects, patterns and styles that users' deltas are tested with. Train it on with `python -m vgm_peft.toybox
+train-base --start assets/toybox --minutes 60`, or a better one from nothing on a GPU with `--device cuda`.
 """

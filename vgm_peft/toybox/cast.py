@@ -29,7 +29,7 @@ def _subject(kind: str, colour: tuple[int, int, int], pattern: Pattern) -> Subje
 
 
 SUBJECTS: tuple[Subject, ...] = (
-    _subject("robot", (24, 150, 150), Pattern("spiral", (252, 208, 70), (96, 30, 92), 3.2, 0.1)),
+    _subject("robot", (24, 150, 150), Pattern("bullseye", (252, 208, 70), (96, 30, 92), 3.0, 0.0)),
     _subject("duck", (246, 236, 214), Pattern("zigzag", (32, 44, 120), (236, 92, 72), 4.4, 0.3)),
     _subject("car", (190, 30, 60), Pattern("tartan", (20, 120, 110), (240, 230, 190), 2.8, 0.2)),
     _subject("mug", (240, 240, 236), Pattern("bullseye", (226, 40, 130), (30, 170, 196), 3.0, 0.0)),

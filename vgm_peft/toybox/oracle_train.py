@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nf
 from tqdm import tqdm
 
-from vgm_peft.toybox.oracle import CARD, WEIGHTS, Oracles
+from vgm_peft.toybox.oracle import CARD, WEIGHTS, Oracles, likeness
 from vgm_peft.toybox.oracle_card import write_card
 from vgm_peft.toybox.oracle_data import NEVER, Labelled, lookalikes, mirrored, reader_scene, render_labelled, seen, worn
 from vgm_peft.toybox.oracle_net import HEADS, Controls, Identity, Reader, to_input
@@ -117,15 +117,17 @@ def _sights(settings: OracleSettings, tick: Tick) -> tuple[Tensor, Tensor]:
     return views[0], views[1]
 
 
-def _span(net: Identity, seed: int) -> tuple[float, float]:
-    """Mean cosines on fresh toys: of look-alikes of one class, and of one toy in two scenes."""
+def _span(net: Identity, seed: int, families: int = 40, sights: int = 6) -> tuple[float, float]:
+    """Mean likeness on fresh toys: of look-alikes of one class, and of one toy across scenes."""
     rng = random.Random(f"oracle span {seed}")
-    toys = [toy for _ in range(80) for toy in lookalikes(rng)]
+    toys = [toy for _ in range(families) for toy in lookalikes(rng)]
     with torch.no_grad():
-        a, b = (net(to_input(render([seen(toy, rng) for toy in toys]).image)).view(80, 4, -1) for _ in range(2))
-    same = (a * b).sum(-1).mean()
-    alike = torch.stack([(a[:, 0] * b[:, k]).sum(-1) for k in (1, 2)]).mean()
-    return float(alike), float(same)
+        views = [net(to_input(render([seen(toy, rng) for toy in toys]).image)) for _ in range(2 * sights)]
+    each = torch.stack(views, 1).view(families, 4, 2 * sights, -1)
+    asked, known = each[:, :, :sights], each[:, :, sights:]
+    same = torch.cat([likeness(asked[f, k], known[f, k]) for f in range(families) for k in range(4)])
+    alike = torch.cat([likeness(asked[f, k], known[f, 0]) for f in range(families) for k in (1, 2)])
+    return float(alike.mean()), float(same.mean())
 
 
 def _save(oracles: Oracles, folder: Path) -> None:

@@ -49,7 +49,7 @@ class UnetSettings:
     noisy: float = 0.8
     """Timesteps are T * u ** noisy with u uniform: below 1 favours noisy ones."""
     snr_cap: float = 6.0
-    coarse_until: float = 0.22
+    coarse_until: float = 0.15
     """Share of the budget spent on latents halved in size, which cost a quarter."""
     save_seconds: float = 240.0
 
