@@ -74,6 +74,8 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
 
     `argv` are the arguments after the command's name, by default those of this process.
     """
+    # Before torch: threads that wait by spinning cost a factor of a hundred as soon as another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         command = cast(Command, importlib.import_module(f"vgm_peft.cli.{name}"))
         parser = Parser(prog=f"vgm-{name}", description=(command.__doc__ or "").strip())
