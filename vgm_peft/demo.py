@@ -4,6 +4,7 @@ The toy is a Toybox subject that the base model has never seen. The run is an or
 shipped recipe, the pictures are ordinary stacks: nothing here is special to the demo but the choice of prompts.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -105,6 +106,8 @@ Next:
 
 
 if __name__ == "__main__":
+    # Before torch: threads that wait by spinning cost a factor of a hundred as soon as another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sys.exit(main())
     except VgmError as error:
