@@ -19,9 +19,9 @@ TOGETHER = 8
 
 @dataclass(frozen=True)
 class ClassPlan:
-    """Which class pictures: the prompt, how many, how many per micro-batch, and how they are sampled."""
+    """Which class pictures: the prompts in turn, how many, how many per micro-batch, and how they are sampled."""
 
-    prompt: str
+    prompts: tuple[str, ...]
     count: int
     batch: int
     steps: int
@@ -32,7 +32,7 @@ class ClassPictures:
     """Latents of class pictures (N, C, H, W), drawn from by turn."""
 
     def __init__(self, latents: Tensor, plan: ClassPlan, setup: Setup, resolution: int) -> None:
-        self.latents, self.device, self.resolution = latents, setup.device, resolution
+        self.latents, self.plan, self.device, self.resolution = latents, plan, setup.device, resolution
         self.order = Order((0,) * len(latents), plan.batch, setup.config.seed + 1)
 
     def __len__(self) -> int:
@@ -56,9 +56,10 @@ class ClassPictures:
                 tell(number + 1, count)
         return cls(torch.cat(sets)[: plan.count], plan, setup, resolution)
 
-    def draw(self, turn: Turn) -> Tensor:
-        """Return the latents of a turn, on the device."""
-        return self.latents[self.order.batch(turn.number)].to(self.device)
+    def draw(self, turn: Turn) -> tuple[Tensor, list[str]]:
+        """Return the latents of a turn, on the device, and the prompts that drew them."""
+        chosen = self.order.batch(turn.number)
+        return self.latents[chosen].to(self.device), [self.plan.prompts[i % len(self.plan.prompts)] for i in chosen]
 
     def sizes(self, count: int) -> Tensor:
         """What families like SDXL are told of `count` of them, (count, 6): whole squares."""
@@ -71,9 +72,13 @@ def _key(setup: Setup, plan: ClassPlan, resolution: int, number: int) -> str:
     if not base.digest:
         return ""
     sampler = f"{SCHEDULER} {dict(base.pipe.scheduler.config)}"
-    drawn = (plan.prompt, plan.steps, str(plan.guidance), resolution, number, TOGETHER)
+    drawn = (*_prompts(plan, number), plan.steps, str(plan.guidance), resolution, number, TOGETHER)
     kind = f"{setup.config.compute.precision} {setup.device.type} {torch.__version__} {__version__}"
     return key_of("class", base.digest, sampler, *drawn, kind)
+
+
+def _prompts(plan: ClassPlan, number: int) -> list[str]:
+    return [plan.prompts[i % len(plan.prompts)] for i in range(number * TOGETHER, (number + 1) * TOGETHER)]
 
 
 @torch.no_grad()
@@ -82,7 +87,7 @@ def _draw(setup: Setup, plan: ClassPlan, resolution: int, number: int) -> Tensor
     seed = int.from_bytes(hashlib.blake2b(f"class/{number}".encode(), digest_size=7).digest(), "big")
     with sampler(setup.base.pipe, setup.base) as pipe:
         latents: Tensor = pipe(
-            prompt=[plan.prompt] * TOGETHER,
+            prompt=_prompts(plan, number),
             num_inference_steps=plan.steps,
             guidance_scale=plan.guidance,
             width=resolution,

@@ -44,7 +44,7 @@ class DreamBoothOptions:
     prior_weight: float = 1.0
     """Lambda: what the class pictures weigh against the subject's; 0 is none of them (it saves half of each step)."""
     class_images: int = 100
-    """How many class pictures the base draws."""
+    """How many class pictures the base draws: by the pictures' own captions without the token, or else by the class prompt."""
     class_batch: int = 0
     """Class pictures per micro-batch; 0 is as many as `data.batch`."""
     class_steps: int = 25
@@ -62,9 +62,10 @@ class DreamBoothOptions:
         """The text for the subject."""
         return self.prompt or with_token(self.class_prompt, self.token)
 
-    def plan(self, batch: int) -> ClassPlan:
-        """How the class is drawn, for batches of `batch` pictures of the subject."""
-        return ClassPlan(self.class_prompt, self.class_images, self.class_batch or batch, self.class_steps, self.class_guidance)
+    def plan(self, prompts: Sequence[str], batch: int) -> ClassPlan:
+        """How the class is drawn: by `prompts` in turn, or by the class prompt; `batch` is the subject's pictures per turn."""
+        texts, batch = tuple(prompts) or (self.class_prompt,), self.class_batch or batch
+        return ClassPlan(texts, self.class_images, batch, self.class_steps, self.class_guidance)
 
     @property
     def keeps_class(self) -> bool:
@@ -74,10 +75,10 @@ class DreamBoothOptions:
 
 @dataclass(frozen=True)
 class Both:
-    """A batch: the subject's pictures, and latents of its class (B', C, H, W) where there are any."""
+    """A batch: the subject's pictures, and latents of its class (B', C, H, W) with their prompts where there are any."""
 
     subject: Shown
-    kind: Tensor | None
+    kind: tuple[Tensor, list[str]] | None
 
 
 @dataclass
@@ -97,13 +98,14 @@ class DreamBooth(Task[Both]):
     @classmethod
     def prepare(cls, setup: Setup) -> Self:
         """Read the subject's pictures, have the base draw its class, cache latents and prompts, attach the delta."""
-        options, report = _read(setup)
+        options, report, prompts_of_class = _read(setup)
         learner = Learner.fit(setup)
         pictures = Pictures(tuple(_named(example, options) for example in report.examples), setup)
-        kind = ClassPictures.drawn(setup, options.plan(setup.config.data.batch)) if options.keeps_class else None
+        plan = options.plan(prompts_of_class, setup.config.data.batch)
+        kind = ClassPictures.drawn(setup, plan) if options.keeps_class else None
         if not options.class_prompt and options.prior_weight:
             setup.notice("no --class-prompt: nothing keeps the base from taking everything of that kind for this subject")
-        prompts = Prompts([*pictures.captions(), *([options.class_prompt] if kind else [])], setup, live=learner.trains_text)
+        prompts = Prompts([*pictures.captions(), *(plan.prompts if kind else ())], setup, live=learner.trains_text)
         learner.attach(setup)
         setup.rest(prompts.live)
         return cls(options, learner, pictures, kind, prompts, Objective.of(setup.base, setup.config.loss))
@@ -118,10 +120,10 @@ class DreamBooth(Task[Both]):
 
     def loss(self, batch: Both, turn: Turn) -> Tensor:
         """Eq. 2: each part is averaged over its own pictures; parts of one size go through the network together."""
-        subject, kind = batch.subject, batch.kind
-        if kind is None or self.kind is None:
+        subject = batch.subject
+        if batch.kind is None or self.kind is None:
             return self.objective.losses(subject.x0, self.prompts(subject.captions), subject.sizes, turn).mean()
-        prior = self.prompts([self.options.class_prompt] * len(kind))
+        kind, prior = batch.kind[0], self.prompts(batch.kind[1])
         if kind.shape[1:] != subject.x0.shape[1:]:
             ours = self.objective.losses(subject.x0, self.prompts(subject.captions), subject.sizes, turn)
             theirs = self.objective.losses(kind, prior, self.kind.sizes(len(kind)), turn, purpose="class noise")
@@ -153,8 +155,11 @@ class DreamBooth(Task[Both]):
         }
 
 
-def _read(setup: Setup) -> tuple[DreamBoothOptions, Report]:
-    """Read the folder. Pictures with captions need no class prompt: what all captions begin with says what they show."""
+def _read(setup: Setup) -> tuple[DreamBoothOptions, Report, Sequence[str]]:
+    """Read the folder; return also the captions that do not name the subject, since they are prompts for its class.
+
+    Pictures with captions need no class prompt: what all captions begin with says what they show.
+    """
     options = setup.options(DreamBoothOptions)
     report = scan(setup.images, caption=options.instance_prompt)
     captions = [example.caption for example in report.examples if not _names(example.caption, options.token)]
@@ -164,7 +169,7 @@ def _read(setup: Setup) -> tuple[DreamBoothOptions, Report]:
     setup.report(report)
     if captions:
         setup.notice(f'"{options.token}" is put into the captions: "{_named(report.examples[0], options).caption}"')
-    return options, report
+    return options, report, list(dict.fromkeys(captions))
 
 
 def common_start(captions: Sequence[str]) -> str:
