@@ -6,7 +6,6 @@ taken: `<task>-<delta>-<base>.toml`, or without a delta `<task>-<base>.toml`, wh
 """
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,8 @@ HEAD = "# The whole configuration of this run; `vgm-train --recipe run.toml` rep
 
 
 def shipped_folder() -> Path | None:
-    """The folder of the recipes that come with the package: beside it in a checkout, under `share` once installed."""
-    places = (Path(__file__).parents[2] / SHIPPED, Path(sys.prefix) / "share" / "vgm_peft" / SHIPPED)
+    """The folder of the recipes that come with the package: beside it in a checkout, inside it once installed."""
+    places = (Path(__file__).parents[2] / SHIPPED, Path(__file__).parents[1] / SHIPPED)
     return next((place for place in places if place.is_dir()), None)
 
 
