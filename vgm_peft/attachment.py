@@ -2,7 +2,7 @@
 
 Two ways, same sum: *live* (forward hooks: trainable, strength may change at any time) and *fused* (dW added in place, the
 originals kept: nothing to pay per step). The base module's class and state-dict keys never change, and `remove` gives
-back bit-identical weights. Everything attached to one module meets in one `_Socket`, so the order of attaching and
+back bit-identical weights. Everything attached to one module meets in one `Socket`, so the order of attaching and
 removing never matters: each patch sees the layer's own input and the original weight, fused or not.
 
 A patch follows its layer's input to another device at the next forward; its dtype stays (float32 patches train on a
@@ -10,8 +10,7 @@ bfloat16 base), the products run in the input's dtype. A deep copy of a module c
 attached to it; `attachments` finds them, to take them off.
 """
 
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any, Self, cast
 
@@ -19,131 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vgm_peft.delta import Delta, Patch
+from vgm_peft.delta import Delta
 from vgm_peft.errors import DeltaError
 from vgm_peft.site import Site, locate
-
-_SOCKET = "_vgm_peft_socket"
-"""Where a layer's `__dict__` holds its socket while it has one: no attribute of the module system, so no state-dict key."""
+from vgm_peft.socket import Socket, socket_of
 
 Parts = Mapping[str, nn.Module]
-
-
-class _Socket:
-    """All that is attached to one module: the live patches with their owners, the fused ones, and the fused originals."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        self.live: list[tuple[Patch, Attachment]] = []
-        self.fused: list[tuple[Patch, float, Fusion]] = []
-        self.originals: dict[str, Tensor] = {}
-        self.device: torch.device | None = None
-        self.hook: RemovableHandle | None = None
-        layer.__dict__[_SOCKET] = self
-
-    @staticmethod
-    def on(layer: nn.Module) -> "_Socket":
-        """Return the layer's socket, made if there is none."""
-        return _socket_of(layer) or _Socket(layer)
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """Add every live patch to the layer's output (the forward hook)."""
-        x = cast(Tensor, args[0] if args else next(iter(kwargs.values())))
-        if x.device != self.device:
-            self._follow(x.device)
-        for patch, owner in self.live:
-            strength = owner.strength_of(patch.site)
-            if strength != 0.0:
-                output = patch.add_to(output, x, layer, self.base(patch), strength)
-        return output
-
-    def base(self, patch: Patch) -> Tensor:
-        """Return the untouched tensor at a patch's site; a constant to those that compute with it."""
-        name = patch.site.tensor
-        tensor = self.originals[name] if name in self.originals else cast(Tensor, getattr(self.layer, name))
-        return tensor if patch.base_free else tensor.detach().to(self.device)
-
-    def _follow(self, device: torch.device) -> None:
-        for patch, _ in self.live:
-            patch.to(device)
-        self.device = device
-
-    def plug(self, patch: Patch, owner: "Attachment") -> None:
-        """Make a patch live."""
-        if self.hook is None:
-            self.hook = self.layer.register_forward_hook(cast(Any, self), with_kwargs=True)
-        self.live.append((patch, owner))
-        self.device = None  # the newcomer may be elsewhere
-
-    def settle(self) -> None:
-        """Make every fused tensor its original plus the sum of its changes; with no change left, the original bit for bit."""
-        changes: dict[str, list[tuple[Patch, float]]] = {}
-        for patch, strength, _ in self.fused:
-            changes.setdefault(patch.site.tensor, []).append((patch, strength))
-        for name in sorted(self.originals.keys() | changes.keys()):
-            tensor = cast(Tensor, getattr(self.layer, name))
-            with _exact(tensor):
-                original = self.originals.get(name)
-                if original is None:
-                    original = self.originals[name] = tensor.detach().clone()
-                if name in changes:
-                    tensor.copy_(_changed(original, changes[name]))
-                else:
-                    tensor.copy_(original)
-                    del self.originals[name]
-
-    def leave(self, owner: "Attachment | Fusion") -> None:
-        """Take off everything of one owner; an empty socket leaves the layer as if it had never been there."""
-        self.live = [entry for entry in self.live if entry[1] is not owner]
-        if any(entry[2] is owner for entry in self.fused):
-            self.fused = [entry for entry in self.fused if entry[2] is not owner]
-            self.settle()
-        if not self.live and self.hook is not None:
-            self.hook.remove()
-            self.hook = None
-        if not self.live and not self.fused and not self.originals:
-            self.layer.__dict__.pop(_SOCKET, None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Socket":
-        """Copy along with the layer, and tell the copied owners where they are."""
-        copy = memo[id(self)] = object.__new__(_Socket)
-        copy.__dict__.update(deepcopy(self.__dict__, memo))
-        for owner in copy.owners():
-            owner.sockets.append(copy)
-        return copy
-
-    def owners(self) -> "list[Attachment | Fusion]":
-        """Return whose patches are here, each once, live before fused."""
-        return list(dict.fromkeys([entry[1] for entry in self.live] + [entry[2] for entry in self.fused]))
-
-
-def _socket_of(layer: nn.Module) -> _Socket | None:
-    return cast("_Socket | None", layer.__dict__.get(_SOCKET))
-
-
-@contextmanager
-def _exact(tensor: Tensor) -> Generator[None]:
-    """Change a weight in place whatever the caller is in the middle of: no graph, no autocast, no inference tensors made."""
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
-        yield
-
-
-def _changed(original: Tensor, changes: list[tuple[Patch, float]]) -> Tensor:
-    """Return the original plus strength * dW of every patch, computed on its device in float32 or wider."""
-    dtype = torch.promote_types(original.dtype, torch.float32)
-    wide = original.to(dtype)
-    total = wide.clone()
-    for patch, strength in changes:
-        # A copy, so that fusing neither moves nor rounds the caller's delta.
-        total.add_(deepcopy(patch).to(original.device, dtype).change(wide), alpha=strength)
-    return total
 
 
 class _Owner:
     """What `Attachment` and `Fusion` share: the sockets they are in, and how to leave them."""
 
     def __init__(self) -> None:
-        self.sockets: list[_Socket] = []
+        self.sockets: list[Socket] = []
 
     def remove(self) -> None:
         """Take it off; calling it again does nothing."""
@@ -175,14 +62,30 @@ class Attachment(_Owner):
         """Attach; all sites are checked before the first is touched. Raises `DeltaError` when any does not fit."""
         super().__init__()
         self.delta, self.strength, self.strengths = delta, strength, cast(dict[str, float], {})
+        self.clocks: list[RemovableHandle] = []
         places = [(locate(parts, patch.site), patch) for patch in delta]
         try:
             for layer, patch in places:
-                self.sockets.append(_Socket.on(layer))
+                self.sockets.append(Socket.on(layer))
                 self.sockets[-1].plug(patch, self)
+            for part in sorted({patch.site.part for patch in delta if patch.timed}):
+                self.clocks.append(parts[part].register_forward_pre_hook(self._tell_time, with_kwargs=True))
         except BaseException:
             self.remove()
             raise
+
+    def remove(self) -> None:
+        """Take it off; calling it again does nothing."""
+        super().remove()
+        while self.clocks:
+            self.clocks.pop().remove()
+
+    def _tell_time(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell timed patches the timestep, the second argument of every denoiser of diffusers (a forward pre-hook)."""
+        given = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        for patch in self.delta:
+            if patch.timed:
+                patch.at(torch.as_tensor(given))
 
     def strength_of(self, site: Site) -> float:
         """The effective strength at one of the delta's sites."""
@@ -203,13 +106,16 @@ class Fusion(_Owner):
         """Fuse; all sites are checked before the first is touched. Raises `DeltaError` for weights that cannot be changed."""
         super().__init__()
         entries = [(patch, strength) for delta, strength in deltas if strength != 0.0 for patch in delta]
+        for patch, _ in entries:
+            if patch.timed:
+                raise DeltaError(f"{patch.site}: {patch.kind} changes with the timestep", fix="attach live instead of fusing")
         places = [(locate(parts, patch.site), patch, strength) for patch, strength in entries]
         tied = _tied(parts)
         for layer, patch, _ in places:
             _check_fusible(cast(Tensor, getattr(layer, patch.site.tensor)), patch.site, tied)
         try:
             for layer, patch, strength in places:
-                socket = _Socket.on(layer)
+                socket = Socket.on(layer)
                 if socket not in self.sockets:
                     self.sockets.append(socket)
                 socket.fused.append((patch, strength, self))
@@ -241,11 +147,11 @@ def _check_fusible(tensor: Tensor, site: Site, tied: set[int]) -> None:
 
 def attachments(parts: Parts) -> list[Attachment | Fusion]:
     """Return everything that is on the parts, live or fused, each once."""
-    sockets = (_socket_of(module) for root in parts.values() for module in root.modules())
+    sockets = (socket_of(module) for root in parts.values() for module in root.modules())
     return list(dict.fromkeys(owner for socket in sockets if socket is not None for owner in socket.owners()))
 
 
 def attached(layer: nn.Module) -> int:
     """Return the number of patches live on one module."""
-    socket = _socket_of(layer)
+    socket = socket_of(layer)
     return 0 if socket is None else len(socket.live)

@@ -8,7 +8,7 @@ patch whose dW depends on W sees the base W, so order never matters.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,39 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One forward of a layer, as a patch on it sees it."""
+
+    x: Tensor
+    """The layer's own input."""
+    layer: nn.Module
+    base: Tensor
+    """The untouched tensor at the patch's site (`layer`'s own may have other deltas fused into it)."""
+    plain: Tensor | None = None
+    """What the untouched layer makes of `x`, bias included; None where this forward did not compute it."""
+
+    def product(self, site: Site) -> Tensor:
+        """Return the untouched weight applied to `x`, without the bias: free where the layer has just computed it."""
+        if self.plain is None:
+            return apply_dense(self.base.to(self.x.dtype), self.x, self.layer, site)
+        bias = cast("Tensor | None", getattr(self.layer, "bias", None))
+        return self.plain if bias is None else self.plain - along_outputs(bias.to(self.plain.dtype), self.x, self.layer)
+
+
+Acts = Literal["output", "input", "weight"]
+
+
 class Patch(nn.Module, ABC):
     """One trained change at one site. A method is a subclass in a file of its own under `deltas/`.
 
     A subclass sets `kind` (its name in files and recipes), `Options` (a frozen dataclass with defaults from the
     literature), `ops` (what it can change), and writes `__init__` (parameters for a site and options, at their initial
     values drawn from `generator`) and `change`; `contribution` or `add_to` when there is a way cheaper than the dense
-    one; `pack` and `unpack` when other tools have a name for it. Site, options and parameters together say everything,
-    so a file that holds the three restores the patch exactly. Parameters are float32 unless moved; their names are the
-    names in the file. A patch is born in evaluation mode (no dropout); `Delta.train` switches it.
+    one (or `acts = "input"` and `feed`, or `acts = "weight"`); `pack` and `unpack` when other tools have a name for it.
+    Site, options and parameters together say everything, so a file that holds the three restores the patch exactly.
+    Parameters are float32 unless moved; their names are the names in the file; those that are not trained but must be in
+    it have `requires_grad` off. A patch is born in evaluation mode (no dropout); `Delta.train` switches it.
     """
 
     kind: ClassVar[str]
@@ -39,6 +63,12 @@ class Patch(nn.Module, ABC):
     """Options that fit every layer of the tiny bases (sides of 4 and more): what the contract battery tries."""
     base_free: ClassVar[bool] = True
     """dW does not depend on W (LoRA: yes; DoRA: no)."""
+    timed: ClassVar[bool] = False
+    """dW depends on the denoiser's timestep, which `at` is told: then it acts live only."""
+    acts: Acts = "output"
+    """How a live patch acts where nothing hinders it: it adds to the layer's output (`add_to`), it changes the layer's
+    input, so that one base product serves both (`feed`), or the dense dW joins the weight for the length of the forward:
+    right for changes as large as the weight itself, and free for norms and biases. The sum is the same in all three."""
 
     def __init__(self, site: Site, options: Any, generator: torch.Generator | None = None) -> None:
         """Make the patch at its initial values, drawn from `generator` (CPU) or seed 0. Raises `DeltaError` on a misfit."""
@@ -58,18 +88,28 @@ class Patch(nn.Module, ABC):
         Differentiable in the patch's parameters.
         """
 
-    def contribution(self, x: Tensor, layer: nn.Module, base: Tensor) -> Tensor:
-        """Return what the patch adds to the layer's output at strength 1, given the layer's input `x`, in `x`'s dtype.
+    def contribution(self, call: Call) -> Tensor:
+        """Return what the patch adds to the layer's output at strength 1, given the layer's input, in its dtype.
 
-        `base` as for `change` (`layer`'s own tensor may have other deltas fused into it). The default multiplies by the
-        dense dW; subclasses do better. Must equal the default up to rounding.
+        The default multiplies by the dense dW, or the base by what is fed; subclasses do better. Must equal the former up
+        to rounding.
         """
-        change = self.change(base)
-        return apply_dense(change.to(x.dtype) if x.is_floating_point() else change, x, layer, self.site)
+        x = call.x
+        if self.acts == "input":
+            return apply_dense(call.base.to(x.dtype), self.feed(x, call.base), call.layer, self.site)
+        change = self.change(call.base)
+        return apply_dense(change.to(x.dtype) if x.is_floating_point() else change, x, call.layer, self.site)
 
-    def add_to(self, output: Tensor, x: Tensor, layer: nn.Module, base: Tensor, strength: float) -> Tensor:
-        """Return `output + strength * contribution(x)`, a new tensor; a subclass may fuse the sum into its last product."""
-        return torch.add(output, self.contribution(x, layer, base).to(output.dtype), alpha=strength)
+    def add_to(self, output: Tensor, call: Call, strength: float) -> Tensor:
+        """Return `output + strength * contribution`, a new tensor; a subclass may fuse the sum into its last product."""
+        return torch.add(output, self.contribution(call).to(output.dtype), alpha=strength)
+
+    def feed(self, x: Tensor, base: Tensor) -> Tensor:
+        """Return what to add to the layer's input `x`, so that W feed(x) = dW x: for patches that act on the input."""
+        raise NotImplementedError(f"{self.kind} does not act on the input")
+
+    def at(self, timestep: Tensor) -> None:  # noqa: B027 - most patches need not know
+        """Take note of the denoiser's timesteps, a scalar or (B,), before each of its forwards, if `timed`."""
 
     def pack(self, base: Tensor) -> dict[str, Tensor]:
         """Return tensors under the suffixes that other tools read (LyCORIS' vocabulary), meaning exactly this dW.
@@ -104,11 +144,7 @@ def apply_dense(change: Tensor, x: Tensor, layer: nn.Module, site: Site) -> Tens
     if site.op == "conv":
         return convolve(layer, x, change)
     if site.op == "bias":
-        return (
-            change.view(-1, *[1] * (x.dim() - 2))
-            if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm))
-            else change
-        )
+        return along_outputs(change, x, layer)
     if site.op == "embedding":
         return F.embedding(x, change)
     if isinstance(layer, nn.GroupNorm):
@@ -116,6 +152,12 @@ def apply_dense(change: Tensor, x: Tensor, layer: nn.Module, site: Site) -> Tens
     if isinstance(layer, nn.LayerNorm):
         return F.layer_norm(x, list(layer.normalized_shape), change, None, layer.eps)
     raise DeltaError(f"{site}: cannot apply a change to a {type(layer).__name__}")
+
+
+def along_outputs(vector: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+    """Return one value per output (O,) in the shape that broadcasts over the output of `layer` for input `x`."""
+    channels = isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm))
+    return vector.view(-1, *[1] * (x.dim() - 2)) if channels else vector
 
 
 def convolve(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -186,7 +228,7 @@ class Delta:
         return tuple(sorted({p.site.part for p in self} | {part for w in self.words.values() for part in w.rows}))
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every trainable tensor with its name, `site/param`, in file order."""
+        """Every tensor of the file with its name, `site/param`, in file order; frozen ones have `requires_grad` off."""
         for name, patch in self.patches.items():
             for key, parameter in patch.named_parameters():
                 yield f"{name}/{key}", parameter
@@ -194,7 +236,7 @@ class Delta:
     def count(self) -> int:
         """Number of trained values, words included."""
         rows = sum(t.numel() for w in self.words.values() for t in w.rows.values())
-        return rows + sum(p.numel() for _, p in self.parameters())
+        return rows + sum(p.numel() for _, p in self.parameters() if p.requires_grad)
 
     def train(self, mode: bool = True) -> Self:
         """Switch dropout on (a fresh delta from `fit` has it on) or off (one read from a file has it off), and return self.

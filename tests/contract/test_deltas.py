@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.contract.ground import TOLERANCE, assert_close, base_of, difference, draw, predict
 from vgm_peft.attachment import Attachment, Fusion
-from vgm_peft.delta import Delta, Patch, apply_dense
+from vgm_peft.delta import Call, Delta, Patch, apply_dense
 from vgm_peft.deltas import TABLE, method_named
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.family import Base
@@ -76,8 +76,8 @@ def test_fast_is_dense(kind: str, index: int, name: str) -> None:
             change = patch.change(weight)
             assert change.shape == weight.shape and change.dtype == dtype and bool(change.any())
             dense = apply_dense(change, x, layer, patch.site)
-            assert_close(patch.contribution(x, layer, weight), dense)
-            assert_close(patch.add_to(layer(x), x, layer, weight, -0.7), layer(x) - 0.7 * dense)
+            assert_close(patch.contribution(Call(x, layer, weight)), dense)
+            assert_close(patch.add_to(layer(x), Call(x, layer, weight), -0.7), layer(x) - 0.7 * dense)
 
 
 @pytest.mark.parametrize("name", ["1x1", "3x3", "3x3, stride 2"])
@@ -89,7 +89,7 @@ def test_fast_is_dense_with_channels_last(kind: str, index: int, name: str) -> N
     with torch.no_grad():
         output, weight = layer(x), layer.weight
         dense = apply_dense(patch.change(weight), x, layer, patch.site)
-        assert_close(patch.add_to(output, x, layer, weight, 0.7), output + 0.7 * dense)
+        assert_close(patch.add_to(output, Call(x, layer, weight), 0.7), output + 0.7 * dense)
 
 
 @pytest.mark.parametrize("name", ["linear", "1x1", "3x3, stride 2", "3x3, in groups"])
@@ -104,7 +104,7 @@ def test_gradients_are_those_of_finite_differences(kind: str, index: int, name: 
     def forward(x: Tensor, *values: Tensor) -> Tensor:
         for n, value in zip(names, values, strict=True):
             patch._parameters[n] = value  # pyright: ignore[reportArgumentType]
-        return patch.add_to(layer(x), x, layer, layer.weight, 0.7)
+        return patch.add_to(layer(x), Call(x, layer, layer.weight), 0.7)
 
     values = [p.detach().clone().requires_grad_(True) for p in patch.parameters()]
     assert torch.autograd.gradcheck(forward, (x, *values), atol=1e-6)
@@ -117,7 +117,7 @@ def test_half_precision_base(kind: str, name: str) -> None:
     make, shape = LAYERS[name]
     exact = make().double()
     patch = pair(kind, 0, exact)
-    expected = exact(sample(shape)) + 0.7 * patch.contribution(sample(shape), exact, exact.weight)
+    expected = exact(sample(shape)) + 0.7 * patch.contribution(Call(sample(shape), exact, exact.weight))
     delta = Delta("any", {patch.site.name: patch.float()})
     for half, autocast in ((torch.bfloat16, False), (torch.float32, True)):
         layer = make().to(half).requires_grad_(False)

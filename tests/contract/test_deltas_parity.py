@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import vgm_peft
 from tests.contract.ground import assert_close, base_of, draw
 from vgm_peft.attachment import Attachment
-from vgm_peft.delta import Delta, Patch
+from vgm_peft.delta import Call, Delta, Patch
 from vgm_peft.deltas import TABLE
 from vgm_peft.deltas.krona import Krona, KronaOptions
 from vgm_peft.deltas.lora import Lora, LoraOptions
@@ -58,7 +58,7 @@ def test_lora_is_that_of_peft(layer: nn.Module, x: Tensor, rslora: bool) -> None
     theirs.lora_A["default"].weight.data.copy_(packed["lora_down.weight"])
     theirs.lora_B["default"].weight.data.copy_(packed["lora_up.weight"])
     assert_close(patch.change(layer.weight), theirs.get_delta_weight("default").detach())
-    assert_close(patch.add_to(layer(x), x, layer, layer.weight, 1.0), theirs(x).detach())
+    assert_close(patch.add_to(layer(x), Call(x, layer, layer.weight), 1.0), theirs(x).detach())
 
 
 def test_lora_begins_as_peft_begins() -> None:
@@ -192,11 +192,11 @@ def test_dropouts_act_in_training_only_and_keep_the_mean() -> None:
     layer, x = nn.Linear(16, 16).double(), sample(1, 1, 16).expand(4000, 3, 16)
     for name in ("dropout", "rank_dropout", "module_dropout"):
         patch = patched(layer, Lora, LoraOptions(rank=8, **{name: 0.25}))
-        expected = patch.contribution(x, layer, layer.weight)
+        expected = patch.contribution(Call(x, layer, layer.weight))
         assert torch.equal(expected[0], expected[1])
         patch.train()
         torch.manual_seed(0)
-        found = torch.cat([patch.contribution(x[:40], layer, layer.weight) for _ in range(100)]).detach()
+        found = torch.cat([patch.contribution(Call(x[:40], layer, layer.weight)) for _ in range(100)]).detach()
         mean = found.mean((0, 1)) / (0.75 if name == "module_dropout" else 1.0)
         assert bool((found != expected[0].detach()).any())
         assert float(((mean - expected[0, 0]).norm() / expected[0, 0].norm()).detach()) < 0.2

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vgm_peft.delta import Patch, convolve, seeded
+from vgm_peft.delta import Call, Patch, convolve, seeded
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Site
 
@@ -66,13 +66,13 @@ class Krona(Patch):
         """Return A (x) B; over a kernel, for every place in it."""
         return torch.kron(self.A.view(*self.A.shape, *[1] * (self.B.dim() - 2)), self.B)
 
-    def contribution(self, x: Tensor, layer: nn.Module, base: Tensor) -> Tensor:
+    def contribution(self, call: Call) -> Tensor:
         """Return (A (x) B) x as A X B^T, the cheaper product first."""
         if self.site.op == "linear":
-            return self._linear(x)
-        if cast(nn.Conv2d, layer).groups > 1:
-            return super().contribution(x, layer, base)
-        return self._conv(x, layer)
+            return self._linear(call.x)
+        if cast(nn.Conv2d, call.layer).groups > 1:
+            return super().contribution(call)
+        return self._conv(call.x, call.layer)
 
     def _linear(self, x: Tensor) -> Tensor:
         left, right = self.A.to(x.dtype), self.B.to(x.dtype)

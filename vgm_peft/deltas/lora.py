@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vgm_peft.delta import Patch, convolve, seeded
+from vgm_peft.delta import Call, Patch, convolve, seeded
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Site
 
@@ -93,16 +93,18 @@ class Lora(Patch):
         """Return s * up @ down in the shape of the weight."""
         return (self.options.scale * (self.up @ self.down.flatten(1))).view(self.site.shape)
 
-    def contribution(self, x: Tensor, layer: nn.Module, base: Tensor) -> Tensor:
+    def contribution(self, call: Call) -> Tensor:
         """Return s * up(down(x)): two thin products in place of one wide."""
+        x, layer = call.x, call.layer
         hidden = self._hidden(x, layer)
         up = self.up.to(hidden.dtype)
         if self.site.op == "linear":
             return self._scale() * F.linear(hidden, up).view(*x.shape[:-1], len(up))
         return self._scale() * _pointwise(hidden, up, layer)
 
-    def add_to(self, output: Tensor, x: Tensor, layer: nn.Module, base: Tensor, strength: float) -> Tensor:
-        """Return `output + strength * contribution(x)`, scaled and summed inside the product with `up`."""
+    def add_to(self, output: Tensor, call: Call, strength: float) -> Tensor:
+        """Return `output + strength * contribution`, scaled and summed inside the product with `up`."""
+        x, layer = call.x, call.layer
         hidden, up = self._hidden(x, layer).to(output.dtype), self.up.to(output.dtype)
         scale = strength * self._scale()
         if self.site.op == "linear":

@@ -81,7 +81,7 @@ def summarise(path: str | PathLike[str]) -> Summary:
         dtypes=dict(dtypes),
         parts=dict(Counter(patch.site.part for patch in delta)),
         groups=[
-            Group(kind, asdict(group[0].options), len(group), sum(p.numel() for patch in group for p in patch.parameters()))
+            Group(kind, asdict(group[0].options), len(group), Delta(delta.family, {p.site.name: p for p in group}).count())
             for (kind, _), group in groups.items()
         ],
         ranks=dict(sorted(ranks.items())),

@@ -5,6 +5,7 @@ state. The same stages serve a CPU of two cores and a large GPU; only minutes, w
 """
 
 import random
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +36,11 @@ from vgm_peft.toybox.state import load_state, replace_folder, restore_module, sa
 from vgm_peft.toybox.text import COMMON_WORDS, RARE_WORDS, TextSettings, make_tokenizer, new_text_model, tokenize
 from vgm_peft.toybox.text_training import train_text
 from vgm_peft.toybox.unet import Latents, UnetRun, UnetSettings, new_unet
-from vgm_peft.toybox.vae import VaeSettings, fold_statistics, train_vae
+from vgm_peft.toybox.vae import VaeSettings, deepened, fold_statistics, train_vae
 
 CHUNK = 2000
-SHARES = {"vae": 0.2, "text": 0.02, "unet": 0.68, "decoder": 0.1}
-"""Of the training minutes."""
+SHARES = {"vae": 0.2, "text": 0.02, "unet": 0.68, "decoder": 0.1, "sharpen": 0.2}
+"""Of the training minutes; `sharpen`, which is no part of a training from nothing, comes on top."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +99,26 @@ def vae_stage(settings: BaseSettings) -> None:
     if (settings.work / "vae").exists():
         return
     torch.manual_seed(settings.seed)
-    vae = place(make_vae(settings.vae.widths), settings.device)
+    vae = place(make_vae(settings.vae.widths, settings.vae.layers), settings.device)
     pictures = load_renders(settings, range(min(8, settings.chunks)))
     train_vae(vae, pictures, settings.vae, settings.work / "vae.safetensors", settings.seconds("vae"))
     centre, spread = fold_statistics(vae, to_float(pictures[:1000]).to(settings.device))
     say(f"vae folded: means {centre.tolist()} deviations {spread.tolist()}")
     _save(vae, settings.work / "vae")
+
+
+def sharpen_stage(settings: BaseSettings) -> None:
+    """Train the whole folded VAE on, one block a level deeper; latents made before are deleted, for they are stale."""
+    torch.manual_seed(settings.seed + 2)
+    state = settings.work / "sharpen.safetensors"
+    vae = load_vae(settings.work / "vae")
+    vae = place(deepened(vae, settings.vae.widths, settings.vae.layers), settings.device)
+    pictures = load_renders(settings, range(min(8, settings.chunks)))
+    train_vae(vae, pictures, settings.vae.sharpening(), state, settings.seconds("sharpen"))
+    centre, spread = fold_statistics(vae, to_float(pictures[:1000]).to(settings.device))
+    say(f"vae folded: means {centre.tolist()} deviations {spread.tolist()}")
+    _save(vae, settings.work / "vae")
+    shutil.rmtree(settings.work / "latents", ignore_errors=True)
 
 
 def text_stage(settings: BaseSettings) -> None:
@@ -173,9 +188,12 @@ def encode_chunk(settings: BaseSettings, vae: AutoencoderKL, tokenizer: CLIPToke
 
 def load_latents(settings: BaseSettings) -> Latents:
     """Everything the latents stage left."""
-    files = [load_file(path) for path in sorted((settings.work / "latents").glob("*.safetensors"))]
+    paths, favour = sorted((settings.work / "latents").glob("*.safetensors")), settings.unet.favour
+    files = [load_file(path) for path in paths]
     joined = {name: torch.cat([file[name] for file in files]) for name in files[0]}
-    return Latents(joined["mean"], joined["deviation"], joined["toy"], joined["tokens"])
+    scenes = [scene for path in paths for scene in chunk_scenes(int(path.stem), CHUNK)]
+    draw = torch.tensor([max(favour.get(toy.kind, 1.0) for toy in scene.toys) for scene in scenes])
+    return Latents(joined["mean"], joined["deviation"], joined["toy"], joined["tokens"], draw)
 
 
 def unet_stage(settings: BaseSettings) -> None:

@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vgm_peft.errors import ConfigError
+from vgm_peft.errors import ConfigError, nearest
+from vgm_peft.toybox.nouns import CLASSES
 
 if TYPE_CHECKING:
     from vgm_peft.toybox.base import BaseSettings
 
-STAGES = ("render", "vae", "text", "latents", "unet", "decoder", "write")
+STAGES = ("render", "vae", "sharpen", "text", "latents", "unet", "decoder", "write")
+USUAL = tuple(stage for stage in STAGES if stage != "sharpen")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +24,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, and render processes (default: all)")
     parser.add_argument("--chunks", type=int, default=20, help="thousands of renders, by two (default 20: 40,000)")
     parser.add_argument("--widths", default="32,64,128,128", help="of the U-Net's four levels, multiples of 8")
+    parser.add_argument("--vae-layers", type=int, default=1, help="blocks a level of the VAE (default 1)")
+    parser.add_argument("--favour", default="", metavar="CLASS=N,..", help="draw these classes N times as often")
     parser.add_argument("--batch", type=int, default=32, help="of the U-Net; twice as many while it is coarse")
-    parser.add_argument("--stages", default=",".join(STAGES), help="which to run (default: all)")
+    parser.add_argument(
+        "--stages", default=",".join(USUAL), help="which to run (default: %(default)s); sharpen trains the VAE on"
+    )
     parser.add_argument("--count", type=int, default=400, help="held-out prompts to measure, 0 for none (default 400)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, metavar="DIR", help="begin with a finished base's parts, not from nothing")
@@ -34,6 +40,7 @@ def settings_of(args: argparse.Namespace) -> "BaseSettings":
     """Turn the flags into settings; raises `ConfigError` for a width or number that cannot be."""
     from vgm_peft.toybox.base import BaseSettings
     from vgm_peft.toybox.unet import UnetSettings
+    from vgm_peft.toybox.vae import VaeSettings
 
     parts = str(args.widths).split(",")
     widths = tuple(int(part) for part in parts if part.strip().isdigit())
@@ -42,11 +49,26 @@ def settings_of(args: argparse.Namespace) -> "BaseSettings":
     for flag in ("minutes", "chunks", "batch"):
         if getattr(args, flag) <= 0:
             raise ConfigError(f"--{flag} {getattr(args, flag)}", expected="more than nothing")
-    unet = UnetSettings(widths=widths, batch=args.batch, coarse_batch=2 * args.batch)
+    unet = UnetSettings(widths=widths, batch=args.batch, coarse_batch=2 * args.batch, favour=favour_of(args.favour))
     if args.start:
         unet = replace(unet, coarse_until=0.0)
-    settings = BaseSettings(output=args.output, work=args.work, minutes=args.minutes, device=args.device, unet=unet)
+    vae = VaeSettings(layers=args.vae_layers)
+    settings = BaseSettings(output=args.output, work=args.work, minutes=args.minutes, device=args.device, unet=unet, vae=vae)
     return replace(settings, chunks=args.chunks, seed=args.seed, processes=args.threads or settings.processes)
+
+
+def favour_of(text: str) -> dict[str, float]:
+    """Read "duck=3,robot=2"; raises `ConfigError` for an unknown class or what is not a number above 0."""
+    found: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        kind, _, times = part.partition("=")
+        try:
+            found[kind] = float(times)
+        except ValueError:
+            found[kind] = 0.0
+        if kind not in CLASSES or not found[kind] > 0:
+            raise ConfigError(f"--favour {part}", expected="CLASS=N of " + ", ".join(CLASSES), fix=nearest(kind, CLASSES))
+    return found
 
 
 def stages_of(args: argparse.Namespace) -> list[str]:
@@ -80,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     steps = {
         "render": base.render_stage,
         "vae": base.vae_stage,
+        "sharpen": base.sharpen_stage,
         "text": base.text_stage,
         "latents": base.latents_stage,
         "unet": base.unet_stage,

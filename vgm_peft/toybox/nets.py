@@ -40,15 +40,15 @@ def place(net: Net, device: str, dtype: torch.dtype = torch.float32) -> Net:
     return cast(Net, moved.to(device, dtype))
 
 
-def make_vae(widths: tuple[int, ...] = (16, 32, 64)) -> AutoencoderKL:
-    """Build an untrained VAE that halves the picture once less often than it has levels."""
+def make_vae(widths: tuple[int, ...] = (16, 32, 64), layers: int = 1) -> AutoencoderKL:
+    """Build an untrained VAE of `layers` blocks a level that halves the picture once less often than it has levels."""
     build: Any = AutoencoderKL
     levels = len(widths)
     return build(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=widths,
-        layers_per_block=1,
+        layers_per_block=layers,
         latent_channels=4,
         norm_num_groups=8,
         mid_block_add_attention=False,

@@ -5,7 +5,8 @@ often than clean ones, and the latents of the toys weigh more than those of the 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -52,17 +53,21 @@ class UnetSettings:
     coarse_until: float = 0.15
     """Share of the budget spent on latents halved in size, which cost a quarter."""
     save_seconds: float = 240.0
+    favour: Mapping[str, float] = field(default_factory=dict[str, float])
+    """How many times as often as the others pictures with a toy of these classes are drawn."""
 
 
 @dataclass(frozen=True)
 class Latents:
     """What the U-Net learns from: posterior `mean` and `deviation` (N, 4, H, W) in half precision, the share of each
-    latent that is toy (N, H, W) in 0..255, and the tokens (N, captions, T) of several captions a picture."""
+    latent that is toy (N, H, W) in 0..255, the tokens (N, captions, T) of several captions a picture, and how often to
+    `draw` each (N,), relative to the others."""
 
     mean: Tensor
     deviation: Tensor
     toy: Tensor
     tokens: Tensor
+    draw: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def draw_batch(
     """Draw pictures, one caption each (sometimes the empty one), and stratified timesteps."""
     device = next(text.parameters()).device
     count = settings.coarse_batch if coarse else settings.batch
-    rows = torch.randint(len(data.mean), (count,), generator=generator)
+    rows = torch.multinomial(data.draw, count, replacement=True, generator=generator)
     mean, spread = data.mean[rows].float(), data.deviation[rows].float()
     latent = mean + spread * torch.randn(mean.shape, generator=generator)
     weight = 1 + settings.toy_weight * data.toy[rows].float()[:, None] / 255

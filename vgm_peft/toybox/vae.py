@@ -6,16 +6,16 @@ on: latents made before stay valid.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as nf
 
-from vgm_peft.toybox.nets import decode, encode, one_by_one
+from vgm_peft.toybox.nets import decode, encode, make_vae, one_by_one
 from vgm_peft.toybox.optim import MuonAdam, muon_for
 from vgm_peft.toybox.pixels import crop, jitter_colours, psnr, random_shapes, to_float
 from vgm_peft.toybox.state import (
@@ -35,6 +35,8 @@ class VaeSettings:
     """How the VAE is built and trained; sizes in pixels."""
 
     widths: tuple[int, ...] = (16, 32, 64)
+    layers: int = 1
+    """Blocks a level; the decoder has one more."""
     batch: int = 16
     crop: int = 32
     whole_from: float = 0.8
@@ -48,6 +50,10 @@ class VaeSettings:
     shapes: float = 0.3
     """Share of each batch that is random shapes, not renders."""
     save_every: float = 60.0
+
+    def sharpening(self) -> "VaeSettings":
+        """These settings for a VAE that is already good: next to no pull to the normal, no halved latents, gentler."""
+        return replace(self, kl=self.kl / 10, coarse=0.0, matrix_rate=self.matrix_rate / 2, rate=self.rate / 2)
 
 
 def reconstruction_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
@@ -128,7 +134,8 @@ class VaeRun:
         device = next(self.vae.parameters()).device
         batch = batch_of(pictures, self.settings, size, self.generator, count)
         batch = batch.to(device, memory_format=torch.channels_last)
-        coarse = self.step % round(1 / self.settings.coarse) == 0
+        share = self.settings.coarse
+        coarse = share > 0 and self.step % round(1 / share) == 0
         value = decoder_loss(self.vae, batch) if decoder_only else loss(self.vae, batch, self.settings, coarse)
         self.optimiser.factor = min(1, (self.step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * progress))
         self.optimiser.zero_grad()
@@ -137,6 +144,18 @@ class VaeRun:
         self.optimiser.step()
         self.step += 1
         return value.detach()
+
+
+def deepened(vae: AutoencoderKL, widths: tuple[int, ...], layers: int) -> AutoencoderKL:
+    """A VAE of `layers` blocks a level that draws what `vae` (of fewer) draws: the added blocks begin as the identity."""
+    deeper = make_vae(widths, layers)
+    known = vae.state_dict()
+    for name, block in deeper.named_modules():
+        if name.split(".")[-1] == "conv2" and f"{name}.weight" not in known:
+            nn.init.zeros_(cast(nn.Conv2d, block).weight)
+            nn.init.zeros_(cast(Tensor, block.bias))
+    deeper.load_state_dict({**deeper.state_dict(), **known})
+    return deeper
 
 
 def train_vae(

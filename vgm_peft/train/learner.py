@@ -58,7 +58,7 @@ class Learner:
         rates: dict[float, dict[str, nn.Parameter]] = {}
         for site, patch in self.delta.patches.items():
             rate = optimiser.lr if patch.site.part == self.base.family.denoiser else text_rate
-            for name, parameter in patch.named_parameters():
+            for name, parameter in ((n, p) for n, p in patch.named_parameters() if p.requires_grad):
                 rates.setdefault(rate * _factor(patch, name), {})[f"{site}/{name}"] = parameter
         return [Group(rate, parameters) for rate, parameters in rates.items()]
 

@@ -1,0 +1,190 @@
+"""What stands between one layer and all that is attached to it: hooks that let patches act, and the originals of what is
+fused. A socket exists only while something is attached; `attachment` makes and empties them.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vgm_peft.delta import Call, Patch
+from vgm_peft.site import Site
+
+if TYPE_CHECKING:
+    from vgm_peft.attachment import Attachment, Fusion
+
+_SOCKET = "_vgm_peft_socket"
+"""Where a layer's `__dict__` holds its socket while it has one: no attribute of the module system, so no state-dict key."""
+
+
+class Socket:
+    """All that is attached to one module: the live patches with their owners, the fused ones, and the fused originals."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.live: list[tuple[Patch, Attachment]] = []
+        self.fused: list[tuple[Patch, float, Fusion]] = []
+        self.originals: dict[str, Tensor] = {}
+        self.device: torch.device | None = None
+        self.hooks: list[RemovableHandle] = []
+        self.done: frozenset[Patch] = frozenset()
+        """In a forward: the patches that acted before the layer ran, and its own input `x` where that was changed."""
+        self.x: Tensor | None = None
+        layer.__dict__[_SOCKET] = self
+
+    @staticmethod
+    def on(layer: nn.Module) -> "Socket":
+        """Return the layer's socket, made if there is none."""
+        return socket_of(layer) or Socket(layer)
+
+    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let patches act on the layer's input or on its weights before it runs (the forward pre-hook).
+
+        Not on both in one forward, nor on the input of a layer with changed weights: the product of two changes would
+        come on top of their sum. Then they wait for their turn at the output.
+        """
+        x = _input(args, kwargs)
+        self._follow(x.device)
+        active = [(patch, strength) for patch, owner in self.live if (strength := owner.strength_of(patch.site)) != 0.0]
+        feeding = [entry for entry in active if entry[0].acts == "input"]
+        weighing = [entry for entry in active if entry[0].acts == "weight" and self._wide(entry[0].site)]
+        if weighing and not feeding:
+            self.done = frozenset(patch for patch, _ in weighing)
+            for name in sorted({patch.site.tensor for patch, _ in weighing}):
+                tensor = cast(Tensor, getattr(layer, name)).detach()
+                for patch, strength in weighing:
+                    if patch.site.tensor == name:
+                        tensor = torch.add(tensor, patch.change(self.base(patch)).to(tensor.dtype), alpha=strength)
+                layer.__dict__[name] = tensor  # shadows the parameter until the forward is over
+        elif feeding and not weighing and not self.originals:
+            self.done, self.x, fed = frozenset(patch for patch, _ in feeding), x, x
+            for patch, strength in feeding:
+                fed = torch.add(fed, patch.feed(x, self.base(patch)).to(x.dtype), alpha=strength)
+            return ((fed, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): fed})
+        return None
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None) -> Any:
+        """Add every live patch that has not acted yet to the layer's output (the forward hook); None after a failure."""
+        x = _input(args, kwargs) if self.x is None else self.x
+        done = self._exit()
+        if output is None:
+            return None
+        if x.device != self.device:
+            self._follow(x.device)
+        plain = output if not done and not self.originals else None
+        for patch, owner in self.live:
+            strength = owner.strength_of(patch.site)
+            if strength != 0.0 and patch not in done:
+                output = patch.add_to(output, Call(x, layer, self.base(patch), plain), strength)
+        return output
+
+    def _exit(self) -> frozenset[Patch]:
+        """Forget the forward that is over; return the patches that acted before the output was there."""
+        done, self.done, self.x = self.done, frozenset(), None
+        for patch in done:
+            if patch.acts == "weight":
+                self.layer.__dict__.pop(patch.site.tensor, None)
+        return done
+
+    def _wide(self, site: Site) -> bool:
+        """Whether a change joins the tensor without being rounded away, as it would be in half precision."""
+        return cast(Tensor, getattr(self.layer, site.tensor)).dtype in (torch.float32, torch.float64)
+
+    def base(self, patch: Patch) -> Tensor:
+        """Return the untouched tensor at a patch's site; a constant to those that compute with it."""
+        name = patch.site.tensor
+        tensor = self.originals[name] if name in self.originals else cast(Tensor, getattr(self.layer, name))
+        return tensor if patch.base_free else tensor.detach().to(self.device)
+
+    def _follow(self, device: torch.device) -> None:
+        for patch, _ in self.live:
+            patch.to(device)
+        self.device = device
+
+    def plug(self, patch: Patch, owner: "Attachment") -> None:
+        """Make a patch live."""
+        self.live.append((patch, owner))
+        self.device = None  # the newcomer may be elsewhere
+        self._rehook()
+
+    def _rehook(self) -> None:
+        """Hook into the layer's forward: after it for any live patch, before it only for those that need it."""
+        for hook in self.hooks:
+            hook.remove()
+        early = any(patch.acts != "output" for patch, _ in self.live)
+        self.hooks = []
+        if early:
+            self.hooks.append(self.layer.register_forward_pre_hook(self.enter, with_kwargs=True))
+        if self.live:
+            hook = self.layer.register_forward_hook(cast(Any, self), with_kwargs=True, always_call=early)
+            self.hooks.append(hook)
+
+    def settle(self) -> None:
+        """Make every fused tensor its original plus the sum of its changes; with no change left, the original bit for bit."""
+        changes: dict[str, list[tuple[Patch, float]]] = {}
+        for patch, strength, _ in self.fused:
+            changes.setdefault(patch.site.tensor, []).append((patch, strength))
+        for name in sorted(self.originals.keys() | changes.keys()):
+            tensor = cast(Tensor, getattr(self.layer, name))
+            with _exact(tensor):
+                original = self.originals.get(name)
+                if original is None:
+                    original = self.originals[name] = tensor.detach().clone()
+                if name in changes:
+                    tensor.copy_(_changed(original, changes[name]))
+                else:
+                    tensor.copy_(original)
+                    del self.originals[name]
+
+    def leave(self, owner: "Attachment | Fusion") -> None:
+        """Take off everything of one owner; an empty socket leaves the layer as if it had never been there."""
+        self.live = [entry for entry in self.live if entry[1] is not owner]
+        if any(entry[2] is owner for entry in self.fused):
+            self.fused = [entry for entry in self.fused if entry[2] is not owner]
+            self.settle()
+        self._rehook()
+        if not self.live and not self.fused and not self.originals:
+            self.layer.__dict__.pop(_SOCKET, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Socket":
+        """Copy along with the layer, and tell the copied owners where they are."""
+        copy = memo[id(self)] = object.__new__(Socket)
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        for owner in copy.owners():
+            owner.sockets.append(copy)
+        return copy
+
+    def owners(self) -> "list[Attachment | Fusion]":
+        """Return whose patches are here, each once, live before fused."""
+        return list(dict.fromkeys([entry[1] for entry in self.live] + [entry[2] for entry in self.fused]))
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return cast(Tensor, args[0] if args else next(iter(kwargs.values())))
+
+
+def socket_of(layer: nn.Module) -> Socket | None:
+    """Return the layer's socket, if it has one."""
+    return cast("Socket | None", layer.__dict__.get(_SOCKET))
+
+
+@contextmanager
+def _exact(tensor: Tensor) -> Generator[None]:
+    """Change a weight in place whatever the caller is in the middle of: no graph, no autocast, no inference tensors made."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+        yield
+
+
+def _changed(original: Tensor, changes: list[tuple[Patch, float]]) -> Tensor:
+    """Return the original plus strength * dW of every patch, computed on its device in float32 or wider."""
+    dtype = torch.promote_types(original.dtype, torch.float32)
+    wide = original.to(dtype)
+    total = wide.clone()
+    for patch, strength in changes:
+        # A copy, so that fusing neither moves nor rounds the caller's delta.
+        total.add_(deepcopy(patch).to(original.device, dtype).change(wide), alpha=strength)
+    return total
