@@ -12,6 +12,8 @@ attached to it; `attachments` finds them, to take them off.
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from functools import partial
+from inspect import signature
 from typing import Any, Self, cast
 
 import torch
@@ -69,7 +71,7 @@ class Attachment(_Owner):
                 self.sockets.append(Socket.on(layer))
                 self.sockets[-1].plug(patch, self)
             for part in sorted({patch.site.part for patch in delta if patch.timed}):
-                self.clocks.append(parts[part].register_forward_pre_hook(self._tell_time, with_kwargs=True))
+                self.clocks.append(parts[part].register_forward_pre_hook(partial(self._tell_time, part), with_kwargs=True))
         except BaseException:
             self.remove()
             raise
@@ -80,11 +82,14 @@ class Attachment(_Owner):
         while self.clocks:
             self.clocks.pop().remove()
 
-    def _tell_time(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell timed patches the timestep, the second argument of every denoiser of diffusers (a forward pre-hook)."""
-        given = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        for patch in self.delta:
-            if patch.timed:
+    def _tell_time(self, part: str, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell timed patches of a part the timestep, an argument of that name of every denoiser (a forward pre-hook).
+
+        Text encoders have none, and their patches are not told.
+        """
+        given = signature(root.forward).bind_partial(*args, **kwargs).arguments.get("timestep")
+        for patch in self.delta if given is not None else ():
+            if patch.timed and patch.site.part == part:
                 patch.at(torch.as_tensor(given))
 
     def strength_of(self, site: Site) -> float:

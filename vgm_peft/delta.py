@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vgm_peft.errors import DeltaError
-from vgm_peft.site import Op, Site
+from vgm_peft.site import Op, Site, locate
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -61,10 +61,16 @@ class Patch(nn.Module, ABC):
     ops: ClassVar[frozenset[Op]]
     examples: ClassVar[tuple[Any, ...]]
     """Options that fit every layer of the tiny bases (sides of 4 and more): what the contract battery tries."""
+    where: ClassVar[tuple[str, ...]] = ("attention",)
+    """The layers that the literature trains by this method: presets or patterns, as in a recipe."""
+    rate: ClassVar[float] = 1.0
+    """The learning rate that the literature gives this method, as a multiple of that of LoRA."""
     base_free: ClassVar[bool] = True
     """dW does not depend on W (LoRA: yes; DoRA: no)."""
     timed: ClassVar[bool] = False
     """dW depends on the denoiser's timestep, which `at` is told: then it acts live only."""
+    gradient_is_exact: ClassVar[bool] = True
+    """Gradients are those of dW in all it depends on (DoRA: no, its norm counts as a constant by definition)."""
     acts: Acts = "output"
     """How a live patch acts where nothing hinders it: it adds to the layer's output (`add_to`), it changes the layer's
     input, so that one base product serves both (`feed`), or the dense dW joins the weight for the length of the forward:
@@ -79,6 +85,9 @@ class Patch(nn.Module, ABC):
     @classmethod
     def check(cls, site: Site, options: Any) -> None:
         """Raise `DeltaError` for options not worth training at a site, though a file from elsewhere may hold such a patch."""
+
+    def start(self, base: Tensor) -> None:  # noqa: B027 - most methods start without a look at the base
+        """Take initial values from the untouched base tensor, before training and once; a patch never shown it works too."""
 
     @abstractmethod
     def change(self, base: Tensor) -> Tensor:
@@ -96,7 +105,8 @@ class Patch(nn.Module, ABC):
         """
         x = call.x
         if self.acts == "input":
-            return apply_dense(call.base.to(x.dtype), self.feed(x, call.base), call.layer, self.site)
+            fed = apply_dense(call.base.to(x.dtype), self.feed(x, call.base), call.layer, self.site)
+            return self.add_rest(fed, call, 1.0)
         change = self.change(call.base)
         return apply_dense(change.to(x.dtype) if x.is_floating_point() else change, x, call.layer, self.site)
 
@@ -107,6 +117,14 @@ class Patch(nn.Module, ABC):
     def feed(self, x: Tensor, base: Tensor) -> Tensor:
         """Return what to add to the layer's input `x`, so that W feed(x) = dW x: for patches that act on the input."""
         raise NotImplementedError(f"{self.kind} does not act on the input")
+
+    def add_feed(self, fed: Tensor, x: Tensor, base: Tensor, strength: float) -> Tensor:
+        """Return `fed` + strength * feed(x), a new tensor; a subclass may fuse the sum into its last product."""
+        return torch.add(fed, self.feed(x, base).to(fed.dtype), alpha=strength)
+
+    def add_rest(self, output: Tensor, call: Call, strength: float) -> Tensor:
+        """Return `output` plus strength * what the patch could not say through `feed`, dW x - W feed(x); most say it all."""
+        return output
 
     def at(self, timestep: Tensor) -> None:  # noqa: B027 - most patches need not know
         """Take note of the denoiser's timesteps, a scalar or (B,), before each of its forwards, if `timed`."""
@@ -213,6 +231,16 @@ class Delta:
                 )
             method.check(site, settings)
         return cls(family, {site.name: method(site, settings, generator) for site in sites}).train()
+
+    def start(self, parts: Mapping[str, nn.Module]) -> Self:
+        """Let the methods that ask for it take initial values from the untouched base (PiSSA); for a fresh delta. Return self.
+
+        Raises `DeltaError` when a site does not fit, before any patch is changed.
+        """
+        tensors = [(patch, getattr(locate(parts, patch.site), patch.site.tensor)) for patch in self]
+        for patch, tensor in tensors:
+            patch.start(tensor.detach())
+        return self
 
     def __iter__(self) -> Iterator[Patch]:
         return iter(self.patches.values())

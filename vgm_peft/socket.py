@@ -63,7 +63,7 @@ class Socket:
         elif feeding and not weighing and not self.originals:
             self.done, self.x, fed = frozenset(patch for patch, _ in feeding), x, x
             for patch, strength in feeding:
-                fed = torch.add(fed, patch.feed(x, self.base(patch)).to(x.dtype), alpha=strength)
+                fed = patch.add_feed(fed, x, self.base(patch), strength)
             return ((fed, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): fed})
         return None
 
@@ -80,6 +80,8 @@ class Socket:
             strength = owner.strength_of(patch.site)
             if strength != 0.0 and patch not in done:
                 output = patch.add_to(output, Call(x, layer, self.base(patch), plain), strength)
+            elif strength != 0.0 and patch.acts == "input":
+                output = patch.add_rest(output, Call(x, layer, self.base(patch)), strength)
         return output
 
     def _exit(self) -> frozenset[Patch]:

@@ -32,6 +32,18 @@ class Feeding(Gain):
         return self.g.to(x.dtype) * x
 
 
+class Halving(Feeding):
+    """dW = g W, of which half acts on the input and the rest at the output."""
+
+    kind: ClassVar[str] = "halving"
+
+    def feed(self, x: Tensor, base: Tensor) -> Tensor:
+        return 0.5 * super().feed(x, base)
+
+    def add_rest(self, output: Tensor, call: Call, strength: float) -> Tensor:
+        return output + 0.5 * strength * self.g.to(call.x.dtype) * call.product(self.site)
+
+
 class Scaling(Gain):
     """dW = g W, from the layer's own product; remembers whether that was at hand."""
 
@@ -91,14 +103,15 @@ def deltas_on(layer: nn.Module, *methods: type[Patch]) -> list[Delta]:
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_sum_of_all_ways_in_any_order(name: str, fused: bool) -> None:
+@pytest.mark.parametrize("first", [(Weighing, Feeding), (Weighing, Halving), (Halving, Feeding)])
+def test_the_sum_of_all_ways_in_any_order(name: str, fused: bool, first: tuple[type[Patch], ...]) -> None:
     make, shape = LAYERS[name]
     layer = make().double().requires_grad_(False)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
     norm, root = "norm" in name, Root(layer)
-    methods = (Weighing, Gain) if norm else (Weighing, Feeding, Scaling, Lora)
+    methods = (Weighing, Gain) if norm else (*first, Scaling, Lora)
     deltas, x = deltas_on(layer, *methods), torch.randn(shape, dtype=torch.float64)
     extra = deltas_on(layer, Gain)[0]
     state, strengths = State.of({"part": root}), (0.5, -1.2, 0.3, 0.8)
@@ -134,7 +147,7 @@ def test_one_base_product_serves_all(name: str) -> None:
     assert all(p.free for d in deltas for p in d if isinstance(p, Scaling))
 
 
-@pytest.mark.parametrize("method", [Weighing, Feeding, Scaling])
+@pytest.mark.parametrize("method", [Weighing, Feeding, Halving, Scaling])
 def test_gradients_and_half_precision(method: type[Patch]) -> None:
     exact = nn.Linear(6, 5).double().requires_grad_(False)
     x = torch.randn(3, 6, dtype=torch.float64)

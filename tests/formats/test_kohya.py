@@ -215,7 +215,7 @@ def unknown_module(stored: dict[str, Tensor]) -> None:
 
 def unknown_suffix(stored: dict[str, Tensor]) -> None:
     first = min(stored).split(".")[0]
-    stored[f"{first}.dora_scale"] = torch.ones(8, 1)
+    stored[f"{first}.soft_scale"] = torch.ones(8, 1)
 
 
 def no_up(stored: dict[str, Tensor]) -> None:
@@ -244,7 +244,7 @@ def outside(stored: dict[str, Tensor]) -> None:
     "change,message",
     (
         (unknown_module, "1 of .* match nothing.*lora_te3_encoder_block_0"),
-        (unknown_suffix, "no method here reads .*dora_scale"),
+        (unknown_suffix, "no method here reads .*soft_scale"),
         (no_up, "no method here reads"),
         (not_finite, "not finite"),
         (alpha_not_finite, "not finite"),

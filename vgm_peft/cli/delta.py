@@ -2,6 +2,7 @@
 
 vgm-delta inspect me.safetensors
 vgm-delta export me.safetensors --for comfyui -o me-comfyui.safetensors
+vgm-delta count --base-config sdxl --delta krona --set a1=4 --set a2=64
 """
 
 import argparse
@@ -20,7 +21,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_flags(parser: Parser) -> None:
-    """Declare the two verbs."""
+    """Declare the verbs."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     inspect = verbs.add_parser("inspect", help="say what a delta file holds", description="Say what a delta file holds.")
     inspect.add_argument("file", metavar="FILE", type=Path, help="a delta of any tool, or the folder of a run")
@@ -31,10 +32,21 @@ def add_flags(parser: Parser) -> None:
     export.add_argument("-o", "--output", metavar="OUT", type=Path, help="the file to write (FILE-TOOL.safetensors)")
     export.add_argument("--base", metavar="B", help="the base, for methods whose change depends on its weights")
     export.add_argument("--dtype", metavar="D", help=f"round the values: {', '.join(DTYPES)} (as they were trained)")
+    about = "Count what a method trains on a published base, without loading it."
+    count = verbs.add_parser("count", help="count what a method would train", description=about)
+    count.add_argument("--base-config", metavar="B", default="sd15", help="sd15 (the default), sdxl or dit-xl-2")
+    count.add_argument("--delta", metavar="NAME,..", default="all", help="one or more methods (default: all)")
+    count.add_argument("--sites", metavar="S,..", default="", help="presets or patterns (default: the method's own)")
+    count.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="an option of the method; repeatable")
+    count.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Inspect or export."""
+    """Inspect, export or count."""
+    if args.verb == "count":
+        from vgm_peft.cli.count import run
+
+        return run(args)
     return _inspect(args.file, args.json) if args.verb == "inspect" else _export(args)
 
 

@@ -36,6 +36,13 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
     "attention+mlp": (*_attention("attn[12]"), "unet.*.ff.net.0.proj", "unet.*.ff.net.2"),
     "conv": ("unet.*.resnets.*.conv[12]", "unet.*.downsamplers.*.conv", "unet.*.upsamplers.*.conv"),
     "all": ("unet.*",),
+    "key+value": ("unet.*.attn2.to_[kv].weight",),
+    "keys+mlp": ("unet.*.attn[12].to_[kv].weight", "unet.*.ff.net.2.weight"),
+    "branches": ("unet.*.attn[12].to_[qkv].weight", "unet.*.attn[12].to_out.0.weight", "unet.*.ff.net.2.weight"),
+    "samplers": ("unet.*.downsamplers.*.conv", "unet.*.upsamplers.*.conv"),
+    "weights": ("unet.*", "-unet.*.bias", "-unet.*norm*"),
+    "biases": ("unet.*.bias",),
+    "norms": ("unet.*norm*",),
     "text": _TEXT,
     "text+mlp": (*_TEXT, "text_encoder*.encoder.layers.*.mlp.fc[12]"),
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vgm_peft.errors import BaseModelError
 from vgm_peft.families.clip import CLIP_G, CLIP_L, tiny_text_config, tiny_tokenizer
-from vgm_peft.families.latent import VAE, UNetFamily, is_unet, tiny_unet, tiny_vae
+from vgm_peft.families.latent import PRESETS, VAE, UNetFamily, is_unet, tiny_unet, tiny_vae
 from vgm_peft.families.layout import BETAS, Layout
 from vgm_peft.families.prompts import penultimate_state
 from vgm_peft.family import Base, Condition, Query
@@ -50,6 +50,12 @@ class StableDiffusionXL(UNetFamily):
         "StableDiffusionXLControlNetPipeline",
     )
     loading: ClassVar[Mapping[str, object]] = {"feature_extractor": None, "image_encoder": None, "add_watermarker": False}
+    # The blocks that hold what is shown and how (B-LoRA, Frenkel et al. 2024, arXiv 2403.14572).
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **PRESETS,
+        "content": ("unet.up_blocks.0.attentions.0.*.attn[12].to_*",),
+        "style": ("unet.up_blocks.0.attentions.1.*.attn[12].to_*",),
+    }
     text_prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "text_encoder": ("lora_te1",),
         "text_encoder_2": ("lora_te2",),

@@ -71,6 +71,11 @@ def pack_all(delta: Delta, base: Base | None) -> list[Suffixes]:
     """Spell every patch, in the delta's order and the dtype of its values."""
     packed: list[Suffixes] = []
     for patch in delta:
+        if patch.timed:
+            raise DeltaError(
+                f"{patch.site}: {patch.kind} changes with the timestep, which only our own format can say",
+                fix="keep the native file and attach it live",
+            )
         tensors = patch.pack(stand_in(patch, base_tensor(patch.site, base)))
         packed.append({suffix: tensor.detach() for suffix, tensor in tensors.items()})
     return packed

@@ -226,7 +226,7 @@ def decoder_stage(settings: BaseSettings) -> None:
     vae = place(load_vae(settings.work / "vae"), settings.device)
     pictures = load_renders(settings, range(min(8, settings.chunks)))
     state = settings.work / "decoder.safetensors"
-    train_vae(vae, pictures, settings.vae, state, settings.seconds("decoder"), decoder_only=True)
+    train_vae(vae, pictures, settings.vae.sharpening(), state, settings.seconds("decoder"), decoder_only=True)
 
 
 def best_vae(settings: BaseSettings) -> AutoencoderKL:

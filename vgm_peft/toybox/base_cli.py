@@ -26,6 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--widths", default="32,64,128,128", help="of the U-Net's four levels, multiples of 8")
     parser.add_argument("--vae-layers", type=int, default=1, help="blocks a level of the VAE (default 1)")
     parser.add_argument("--favour", default="", metavar="CLASS=N,..", help="draw these classes N times as often")
+    parser.add_argument("--rates", type=float, default=1.0, help="of the U-Net, times this: 0.3 to train a base on")
     parser.add_argument("--batch", type=int, default=32, help="of the U-Net; twice as many while it is coarse")
     parser.add_argument(
         "--stages", default=",".join(USUAL), help="which to run (default: %(default)s); sharpen trains the VAE on"
@@ -46,10 +47,11 @@ def settings_of(args: argparse.Namespace) -> "BaseSettings":
     widths = tuple(int(part) for part in parts if part.strip().isdigit())
     if len(widths) != 4 or len(parts) != 4 or any(width % 8 or not width for width in widths):
         raise ConfigError(f"--widths {args.widths}", expected="four multiples of 8", fix="try 32,64,128,128")
-    for flag in ("minutes", "chunks", "batch"):
+    for flag in ("minutes", "chunks", "batch", "rates"):
         if getattr(args, flag) <= 0:
             raise ConfigError(f"--{flag} {getattr(args, flag)}", expected="more than nothing")
     unet = UnetSettings(widths=widths, batch=args.batch, coarse_batch=2 * args.batch, favour=favour_of(args.favour))
+    unet = replace(unet, matrix_rate=unet.matrix_rate * args.rates, rate=unet.rate * args.rates)
     if args.start:
         unet = replace(unet, coarse_until=0.0)
     vae = VaeSettings(layers=args.vae_layers)

@@ -127,7 +127,7 @@ def measure_prompts(
 
 
 def subject_prompts(noun: str, count: int) -> tuple[tuple[str, str], ...]:
-    """(prompt, background) with every background in turn: "a photo of sks robot on grass"."""
+    """(prompt, background) with every background in turn: "a photo of a sks robot on grass"."""
     return tuple(
         (f"a photo of {noun} {BACKGROUND_PHRASES[place]}", place)
         for place in (BACKGROUNDS[i % len(BACKGROUNDS)] for i in range(count))
@@ -137,11 +137,11 @@ def subject_prompts(noun: str, count: int) -> tuple[tuple[str, str], ...]:
 def measure_subject(
     pipe: TextToImage, subject: Subject, token: str, how: Sampling, oracles: Oracles, count: int = 24
 ) -> SubjectMeasure:
-    """Draw "TOKEN class" and "a class" on every background and compare with fresh renders of the subject."""
+    """Draw "a TOKEN class" and "a class" on every background and compare with fresh renders of the subject."""
     word = subject.class_word
     references = render(subject_scenes(subject.name, 24, seed=7001)).image
     real = render(subject_scenes(subject.name, 24, seed=7002)).image
-    asked, plain = subject_prompts(f"{token} {word}", count), subject_prompts(f"a {word}", count)
+    asked, plain = subject_prompts(f"a {token} {word}", count), subject_prompts(f"a {word}", count)
     images = sample(pipe, [text for text, _ in asked], how)
     others = sample(pipe, [text for text, _ in plain], how)
     read, kind = oracles.read(images).labels, CLASSES.index(word)

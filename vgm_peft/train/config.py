@@ -8,13 +8,14 @@ every value spelt out, so that the `run.toml` in a run's folder repeats the run.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from vgm_peft.config import Table, build, to_table
 from vgm_peft.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from vgm_peft.delta import Patch
     from vgm_peft.train.task import Task
 
@@ -44,12 +45,33 @@ class DeltaConfig:
 
     kind: str = "lora"
     """A line of the deltas table."""
-    sites: tuple[str, ...] = ("attention",)
-    """Which layers: names of the family's presets (`attention`, `attention+mlp`, `conv`, `all`) or patterns; `-` takes away."""
+    sites: tuple[str, ...] = ()
+    """Which layers: names of the family's presets (`attention`, `attention+mlp`, `conv`, `all`) or patterns; `-` takes away.
+    Left out: those that the method's literature trains."""
+    rate: float | None = None
+    """Learning rate of this method as a multiple of `optimiser.lr`; left out: what the literature uses, relative to LoRA."""
     text: bool = False
     """Train the text encoders too (the preset `text`), at `optimiser.text_lr`; prompts are then encoded at every step."""
+    mix: tuple[Mapping[str, object], ...] = ()
+    """`[[delta.mix]]`: further methods on other layers, each with its `kind`, `sites` and its own options."""
     options: Mapping[str, object] = field(default_factory=dict[str, object])
     """The method's own options, such as `rank`; written as further keys of `[delta]`."""
+
+    def pieces(self) -> "list[DeltaConfig]":
+        """The methods of the delta, each with its layers: this one, then those of `mix`."""
+        patterns = (*(self.sites or self.method().where), *(("text",) if self.text else ()))
+        for i, more in enumerate(self.mix):
+            if misplaced := {"mix", "text"} & more.keys():
+                raise ConfigError(f'unknown setting "delta.mix[{i}].{min(misplaced)}"')
+        within("delta.rate", 1.0 if self.rate is None else self.rate, 0.0, 1e9)
+        more = [build(DeltaConfig, _divided("delta", m), f"delta.mix[{i}].") for i, m in enumerate(self.mix)]
+        return [replace(self, sites=patterns, mix=()), *(replace(m, sites=m.sites or m.method().where) for m in more)]
+
+    def method(self) -> "type[Patch]":
+        """The method that `kind` names."""
+        from vgm_peft.deltas import method_named
+
+        return method_named(self.kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,12 +230,6 @@ class RunConfig:
                 fix="the rate would never reach its peak",
             )
 
-    def method(self) -> "type[Patch]":
-        """The method that `[delta]` names."""
-        from vgm_peft.deltas import method_named
-
-        return method_named((self.delta or DeltaConfig()).kind)
-
     def task_class(self) -> "type[Task[Any]]":
         """The task that `[task]` names."""
         from vgm_peft.train.tasks import task_named
@@ -227,14 +243,7 @@ def bind(given: Table, where: str = "") -> RunConfig:
     `where` prefixes keys in errors. Raises `ConfigError` for anything unknown (with the nearest name), of a wrong type or
     out of range, before anything is loaded.
     """
-    split = dict(given)
-    for section, owner in (("task", TaskConfig), ("delta", DeltaConfig)):
-        inner = given.get(section)
-        if isinstance(inner, dict):
-            own = [f.name for f in fields(owner) if f.name != "options"]
-            split[section] = {k: inner[k] for k in inner if k in own} | {
-                "options": {k: v for k, v in inner.items() if k not in own}
-            }
+    split = {key: _divided(key, inner) if isinstance(inner, dict) else inner for key, inner in given.items()}
     config = build(RunConfig, split, where)
     task = config.task_class()
     config = replace(config, task=replace(config.task, options=_options("task", TaskConfig, task.Options, config.task.options)))
@@ -243,8 +252,28 @@ def bind(given: Table, where: str = "") -> RunConfig:
             raise ConfigError(f"{where}delta is set, but {config.task.name} trains no delta", fix="leave it out")
         return config
     delta = config.delta or DeltaConfig()
-    options = _options("delta", DeltaConfig, config.method().Options, delta.options)
-    return replace(config, delta=replace(delta, options=options))
+    first, *more = (replace(p, rate=p.method().rate if p.rate is None else p.rate) for p in delta.pieces())
+    mix = tuple(
+        {"kind": p.kind, "sites": p.sites, "rate": p.rate} | _delta_options(f"delta.mix[{i}]", p) for i, p in enumerate(more)
+    )
+    sites = delta.sites or delta.method().where
+    return replace(config, delta=replace(delta, sites=sites, rate=first.rate, options=_delta_options("delta", first), mix=mix))
+
+
+def _divided(section: str, inner: Mapping[str, object]) -> Mapping[str, object]:
+    """Set the further keys of `[task]` and `[delta]`, which only the task or method knows, apart under `options`."""
+    owner = _OWNERS.get(section)
+    if owner is None:
+        return inner
+    own = {f.name for f in fields(owner)} - {"options"}
+    return {k: inner[k] for k in inner if k in own} | {"options": {k: v for k, v in inner.items() if k not in own}}
+
+
+_OWNERS: Mapping[str, "type[DataclassInstance]"] = {"task": TaskConfig, "delta": DeltaConfig}
+
+
+def _delta_options(section: str, piece: DeltaConfig) -> Table:
+    return _options(section, DeltaConfig, piece.method().Options, piece.options)
 
 
 def _options(section: str, owner: type, options: type, given: Mapping[str, object]) -> Table:
@@ -266,8 +295,3 @@ def table(config: RunConfig) -> Table:
             options = cast(Table, inner.pop("options"))
             out[section] = inner | options
     return out
-
-
-def named_folder(path: str) -> str:
-    """A folder's own name, for titles and file names."""
-    return Path(path).resolve().name or "pictures"

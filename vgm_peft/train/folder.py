@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vgm_peft.errors import TrainError
-from vgm_peft.train.config import RunConfig, named_folder
+from vgm_peft.train.config import RunConfig
 from vgm_peft.train.durable import saving
 
 RECIPE, MANIFEST, LOCK = "run.toml", "manifest.json", ".lock"
@@ -22,7 +22,7 @@ def choose_folder(config: RunConfig) -> Path:
     """The folder that the configuration names, or the next free `runs/<task>-<pictures>-<n>`."""
     if config.output:
         return Path(config.output)
-    stem = f"{config.task.name}-{named_folder(config.data.images)}"
+    stem = f"{config.task.name}-{Path(config.data.images).resolve().name or 'pictures'}"
     return next(p for n in range(1, 1_000_000) if not (p := Path("runs", f"{stem}-{n}")).exists())
 
 

@@ -1,6 +1,6 @@
 """The delta of a run: fitted to the chosen sites, attached to the base, grouped by learning rate, saved."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,10 @@ from torch import nn
 from vgm_peft.attachment import Attachment
 from vgm_peft.config import build
 from vgm_peft.delta import Delta, Patch
+from vgm_peft.errors import ConfigError
 from vgm_peft.family import Base
 from vgm_peft.formats import write
-from vgm_peft.site import choose
+from vgm_peft.site import Site, choose
 from vgm_peft.train.config import DeltaConfig, RunConfig
 from vgm_peft.train.task import Group, Setup
 
@@ -30,17 +31,23 @@ class Learner:
     delta: Delta
     config: RunConfig
     base: Base
+    rates: Mapping[str, float]
+    """Site name -> learning rate as a multiple of the run's."""
 
     @classmethod
     def fit(cls, setup: Setup) -> "Learner":
         """Choose the sites and make the delta. Raises `ConfigError` or `DeltaError`, so this comes before all long work."""
         config, base = setup.config, setup.base
-        chosen, method = config.delta or DeltaConfig(), config.method()
-        options = cast("DataclassInstance", build(method.Options, chosen.options, "delta."))
-        patterns = (*chosen.sites, *(("text",) if chosen.text else ()))
-        sites = choose(base.sites, patterns, base.family.presets, method.ops)
-        delta = Delta.fit(base.family.name, method, sites, options, seed=config.seed).to(setup.device)
-        return cls(delta, config, base)
+        delta, rates = Delta(base.family.name), dict[str, float]()
+        for number, piece in enumerate((config.delta or DeltaConfig()).pieces()):
+            method = piece.method()
+            options = cast("DataclassInstance", build(method.Options, piece.options, "delta."))
+            sites = choose(base.sites, piece.sites, base.family.presets, method.ops)
+            _apart(sites, delta, piece)
+            rates |= dict.fromkeys((site.name for site in sites), method.rate if piece.rate is None else piece.rate)
+            delta.patches |= Delta.fit(base.family.name, method, sites, options, seed=config.seed + number).patches
+        delta.to(setup.device)
+        return cls(delta.start(base.parts), config, base, rates)
 
     def attach(self, setup: Setup) -> None:
         """Put the delta on the base until the run is over; what is cached of the untouched base must come before."""
@@ -52,14 +59,15 @@ class Learner:
         return any(part != self.base.family.denoiser for part in self.delta.parts)
 
     def groups(self) -> list[Group]:
-        """The delta's parameters by learning rate: that of the part, times what the method asks for by parameter name."""
+        """The delta's parameters by learning rate: that of the part, times that of the method, times that of the parameter."""
         optimiser = self.config.optimiser
         text_rate = optimiser.lr if optimiser.text_lr is None else optimiser.text_lr
         rates: dict[float, dict[str, nn.Parameter]] = {}
         for site, patch in self.delta.patches.items():
             rate = optimiser.lr if patch.site.part == self.base.family.denoiser else text_rate
             for name, parameter in ((n, p) for n, p in patch.named_parameters() if p.requires_grad):
-                rates.setdefault(rate * _factor(patch, name), {})[f"{site}/{name}"] = parameter
+                factor = self.rates[site] * _factor(patch, name)
+                rates.setdefault(rate * factor, {})[f"{site}/{name}"] = parameter
         return [Group(rate, parameters) for rate, parameters in rates.items()]
 
     @contextmanager
@@ -103,6 +111,17 @@ def provenance(config: RunConfig, base: Base) -> dict[str, str]:
         "steps": str(config.steps),
         "seed": str(config.seed),
     }
+
+
+def _apart(sites: Sequence[Site], delta: Delta, piece: DeltaConfig) -> None:
+    """Refuse a piece of a mix on layers that an earlier one has."""
+    twice = [site for site in sites if site.name in delta.patches]
+    if twice:
+        raise ConfigError(
+            f"delta.mix: {piece.kind} is to change {twice[0]}, which {delta.patches[twice[0].name].kind} changes already",
+            expected="every layer in one piece only",
+            fix='take it away in one of them, for example sites = ["all", "-*attn2*"]',
+        )
 
 
 def _factor(patch: Patch, name: str) -> float:

@@ -1,0 +1,229 @@
+"""What all changes of low rank share: the pair `down`, `up`, its way through a layer, its spelling in other tools' files.
+
+Letters: `R` rank, `O` outputs, `I` inputs, `B` pictures. The pair multiplies to dW = s * up @ down. In a convolution `down`
+has the layer's own kernel and `up` is 1x1; in one with groups each group of outputs has the same `down` for its own inputs.
+
+| here | shape | kohya, LyCORIS | diffusers, peft |
+|---|---|---|---|
+| `down` | (R, I), conv (R, I/groups, *kernel) | `lora_down.weight` | `lora_A.weight` |
+| `up` | (O, R) | `lora_up.weight`, conv (O, R, 1, 1) | `lora_B.weight`, conv (O, R, 1, 1) |
+
+The scale s is no tensor here but follows from the options; `pack` writes it as `alpha`, such that alpha / rank is s. LoCon
+files in Tucker form keep the kernel in a third factor, `lora_mid.weight` (R, R, *kernel), between two 1x1 convolutions;
+folded into `down` it gives exactly the same dW at the same rank, and that is how they are read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar, NamedTuple, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vgm_peft.delta import Call, Patch, convolve, seeded
+from vgm_peft.errors import ConfigError, DeltaError
+from vgm_peft.site import Op, Site
+
+DOWN, UP, MID, ALPHA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankOptions:
+    """Settings of one pair. The defaults are those of peft."""
+
+    rank: int = 8
+    """R: 4 .. 32 are usual; a higher rank learns more and generalises less."""
+    alpha: float | None = None
+    """The change is scaled by alpha / rank; None is alpha = rank, so no scaling."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead, which keeps the step size alike over ranks."""
+    dropout: float = 0.0
+    """Share of the layer's inputs hidden from `down` while training."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank = {self.rank}", expected="1 or more")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ConfigError(f"alpha = {self.alpha}", expected="above 0", fix="leave it out for alpha = rank")
+        check_share("dropout", self.dropout)
+
+    @property
+    def scale(self) -> float:
+        """s, what `up @ down` is multiplied by."""
+        alpha = float(self.rank) if self.alpha is None else self.alpha
+        return alpha / (sqrt(self.rank) if self.rslora else self.rank)
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise `ConfigError` for a dropout that is no share below the whole."""
+    if not 0.0 <= value < 1.0:
+        raise ConfigError(f"{name} = {value}", expected="0 or more and below 1")
+
+
+class Pair(NamedTuple):
+    """Two factors and the scale of their product."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def product(self) -> Tensor:
+        """Return s * up @ down as a matrix, (O, columns)."""
+        return self.scale * (self.up @ self.down.flatten(1))
+
+
+class Spelled(NamedTuple):
+    """A pair as a file has it, in our shapes."""
+
+    down: Tensor
+    up: Tensor
+    options: LowRankOptions
+    """Its rank and alpha."""
+
+
+class LowRank(Patch):
+    """dW = s * up @ down; starts at zero because `up` does. Methods say which factors that are, and how ranks are weighed."""
+
+    ops: ClassVar[frozenset[Op]] = frozenset({"linear", "conv"})
+
+    def __init__(self, site: Site, options: LowRankOptions, generator: torch.Generator | None = None) -> None:
+        """Draw `down` from U(-b, b), b = 1/sqrt(columns) (Kaiming with a = sqrt 5)."""
+        super().__init__(site, options, generator)
+        self.down = nn.Parameter(torch.empty(options.rank, *site.shape[1:]))
+        self.up = nn.Parameter(torch.zeros(site.rows, options.rank))
+        nn.init.kaiming_uniform_(self.down, a=sqrt(5), generator=seeded(generator))
+
+    @classmethod
+    def check(cls, site: Site, options: LowRankOptions) -> None:
+        """Refuse a rank that the layer's matrix cannot have."""
+        limit = min(site.rows, site.columns)
+        if options.rank > limit:
+            raise DeltaError(
+                f"{site}: rank {options.rank}",
+                expected=f"1 .. {limit}, the smaller side of its {site.rows}x{site.columns} matrix",
+                fix="lower the rank or leave the layer out of the targets",
+            )
+
+    def pair(self) -> Pair:
+        """Return the factors that dW is the product of."""
+        return Pair(self.down, self.up, self.options.scale)
+
+    def live_pair(self) -> Pair:
+        """Return the factors of this one forward: others than `pair` only where training draws among them."""
+        return self.pair()
+
+    def weigh(self, hidden: Tensor, pictures: int) -> Tensor:
+        """Return `down(x)` with its ranks weighed: (tokens of all pictures, R) or (B, groups * R, *spatial); as it is here."""
+        return hidden
+
+    def change(self, base: Tensor) -> Tensor:
+        """Return s * up @ down in the shape of the weight."""
+        return self.pair().product().view(self.site.shape)
+
+    def contribution(self, call: Call) -> Tensor:
+        """Return s * up(down(x)): two thin products in place of one wide."""
+        down, up, scale = self.live_pair()
+        hidden = self.hidden(call, down)
+        up = up.to(hidden.dtype)
+        if self.site.op == "linear":
+            return scale * F.linear(hidden, up).view(*call.x.shape[:-1], len(up))
+        return scale * _pointwise(hidden, up, call.layer)
+
+    def add_to(self, output: Tensor, call: Call, strength: float) -> Tensor:
+        """Return `output + strength * contribution`, scaled and summed inside the product with `up`."""
+        down, up, scale = self.live_pair()
+        return self.add_expanded(output, self.hidden(call, down), up, call.layer, strength * scale)
+
+    def hidden(self, call: Call, down: Tensor) -> Tensor:
+        """Return down(x): (tokens of all pictures, R) for linear, (B, groups * R, *spatial) for conv."""
+        x, layer = call.x, call.layer
+        down, pictures = down.to(x.dtype), len(x)
+        if self.training and self.options.dropout:
+            x = F.dropout(x, self.options.dropout)
+        if self.site.op == "linear":
+            return self.weigh(F.linear(x.reshape(-1, x.shape[-1]), down), pictures)
+        groups = cast(nn.Conv2d, layer).groups
+        return self.weigh(convolve(layer, x, down if groups == 1 else down.repeat(groups, *[1] * (down.dim() - 1))), pictures)
+
+    def add_expanded(self, output: Tensor, hidden: Tensor, up: Tensor, layer: nn.Module, scale: float) -> Tensor:
+        """Return `output + scale * up(hidden)`, where the layout allows it in one product."""
+        hidden, up = hidden.to(output.dtype), up.to(output.dtype)
+        if self.site.op == "linear":
+            return _add_product(output, hidden, up, scale)
+        if cast(nn.Conv2d, layer).groups > 1:
+            return torch.add(output, _pointwise(hidden, up, layer), alpha=scale)
+        if not output.is_contiguous():  # channels last: pixels are rows
+            return _add_product(output.movedim(1, -1), hidden.movedim(1, -1), up, scale).movedim(-1, 1)
+        many = up.expand(len(hidden), -1, -1)
+        return torch.baddbmm(output.flatten(2), many, hidden.flatten(2), alpha=scale).view(output.shape)
+
+    def pack(self, base: Tensor) -> dict[str, Tensor]:
+        """Return `lora_down.weight`, `lora_up.weight` and `alpha`, the latter such that alpha / rank is our scale."""
+        down, up, scale = self.pair()
+        up = up.detach()
+        return {
+            DOWN: down.detach(),
+            UP: up.reshape(*up.shape, *[1] * (len(self.site.shape) - 2)),
+            ALPHA: torch.tensor(scale * up.shape[1]),
+        }
+
+    def take(self, spelled: Spelled) -> Self:
+        """Set the two factors to those of a file, and return self."""
+        with torch.no_grad():
+            self.down.copy_(spelled.down)
+            self.up.copy_(spelled.up)
+        return self
+
+
+def weigh_ranks(hidden: Tensor, weights: Tensor) -> Tensor:
+    """Return `hidden` (as `LowRank.hidden`) times `weights` (N, R), one row for every Nth part of the pictures, in order."""
+    parts = hidden.reshape(len(weights), -1, *hidden.shape[1:])
+    rows = weights.repeat(1, hidden.shape[1] // weights.shape[1])  # the same for all groups of a convolution
+    return (parts * rows.view(len(rows), 1, -1, *[1] * (hidden.dim() - 2))).reshape(hidden.shape)
+
+
+def read_pair(site: Site, tensors: Mapping[str, Tensor], others: frozenset[str] = frozenset()) -> Spelled | None:
+    """Return the pair that `lora_down`, `lora_up` and, where they are there, `lora_mid` and `alpha` spell for a site.
+
+    None unless these and all of `others` are the names. A missing or zero alpha is alpha = rank, as kohya has it. Raises
+    `DeltaError` when the factors do not multiply to the site's weight.
+    """
+    if not {DOWN, UP} | others <= tensors.keys() <= {DOWN, UP, MID, ALPHA} | others:
+        return None
+    down, up, alpha = tensors[DOWN], tensors[UP], tensors.get(ALPHA, torch.zeros(()))
+    if MID in tensors and min(down.dim(), tensors[MID].dim()) > 1 and tensors[MID].shape[1] == down.numel() // down.shape[1]:
+        mid = tensors[MID].float()
+        down = torch.einsum("mn...,ni->mi...", mid, down.flatten(1).float())
+    rank = down.shape[0] if down.dim() else 0
+    fits = down.shape[1:2] == site.shape[1:2] and down.numel() == rank * site.columns
+    fits &= up.shape[:2] == (site.rows, rank) and up.numel() == site.rows * rank
+    if site.op not in LowRank.ops or not rank or not fits:
+        found = ", ".join(f"{name} {spell(tensors[name])}" for name in (DOWN, MID, UP) if name in tensors)
+        raise DeltaError(
+            f"{site}: {found} do not multiply to its weight",
+            expected=f"Rx{'x'.join(map(str, site.shape[1:]))} and {site.rows}xR",
+            fix="use the delta with the base it was trained on",
+        )
+    if alpha.numel() != 1:
+        raise DeltaError(f"{site}: alpha {spell(alpha)}", expected="one number")
+    options = LowRankOptions(rank=rank, alpha=float(alpha) or None)
+    return Spelled(down.reshape(rank, *site.shape[1:]), up.reshape(site.rows, rank), options)
+
+
+def spell(tensor: Tensor) -> str:
+    """Return a shape as `4x320`."""
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _pointwise(hidden: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
+    """Apply `up` (O, R) as a 1x1 convolution to `hidden` (B, groups * R, *spatial), each group of outputs to its own ranks."""
+    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[hidden.dim() - 2]
+    return function(hidden, up.view(*up.shape, *[1] * (hidden.dim() - 2)), groups=cast(nn.Conv2d, layer).groups)
+
+
+def _add_product(output: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Return `output` (..., O) + scale * `hidden` (..., R) @ up.T in one product."""
+    rows, rank = up.shape
+    return torch.addmm(output.reshape(-1, rows), hidden.reshape(-1, rank), up.t(), alpha=scale).view(output.shape)

@@ -1,0 +1,89 @@
+"""Rotations by blocks: orthogonal matrices from skew-symmetric ones, kept as their difference to the identity.
+
+Cayley's map makes a skew-symmetric Q the orthogonal R = (I + Q)(I - Q)^-1; what the methods need is R - I = 2 (I - Q)^-1 Q,
+exactly zero where Q is and without cancellation near it. Only the upper triangle of Q is stored, b (b - 1) / 2 values a
+block, row by row. Letters: `K` blocks, `b` their size, `N` tokens, `C` channels = K * b.
+"""
+
+from math import isqrt, sqrt
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+def triangle(block: int) -> Tensor:
+    """Return where the stored values of a block stand in its b * b entries."""
+    rows, columns = torch.triu_indices(block, block, 1)
+    return rows * block + columns
+
+
+def block_of(values: int) -> int | None:
+    """Return the block size whose triangle has so many values, or None."""
+    block = (1 + isqrt(1 + 8 * values)) // 2
+    return block if block * (block - 1) == 2 * values and values else None
+
+
+def skew(values: Tensor, place: Tensor, block: int) -> Tensor:
+    """Return Q (..., b, b) from its triangles (..., b (b - 1) / 2), in float32 or wider; `place` is `triangle(block)`."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    flat = wide.new_zeros(*wide.shape[:-1], block * block).index_copy(-1, place, wide)
+    upper = flat.unflatten(-1, (block, block))
+    return upper - upper.mT
+
+
+def limited(values: Tensor, limit: float) -> Tensor:
+    """Return triangles scaled down, all alike, until the norm of all Q together is at most `limit` (constrained OFT)."""
+    norm = sqrt(2) * torch.linalg.vector_norm(values.to(torch.promote_types(values.dtype, torch.float32)))
+    return values * (limit / norm.clamp_min(limit))
+
+
+def cayley(q: Tensor) -> Tensor:
+    """Return R - I (..., b, b) for skew-symmetric Q, in its dtype whatever autocast is on."""
+    return cast(Tensor, _Cayley.apply(q))
+
+
+class _Cayley(torch.autograd.Function):
+    """R - I = 2 (I - Q)^-1 Q. Its derivative is 2 K dQ K with K = (I - Q)^-1 = I + (R - I) / 2: nothing is solved twice."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            turned = torch.linalg.solve(_identity(q) - q, 2 * q)
+        ctx.save_for_backward(turned)
+        return turned
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (turned,) = ctx.saved_tensors
+        with torch.autocast(turned.device.type, enabled=False):
+            inverse = turned.mT / 2 + _identity(turned)
+            return 2 * (inverse @ gradients[0] @ inverse)
+
+
+def neumann(q: Tensor, terms: int) -> Tensor:
+    """Return R - I by the series 2Q + 2Q^2 + ... cut at the power `terms` - 1 (3 or more), which has weight 1, as in peft.
+
+    Not quite orthogonal; near enough for small Q.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        total, power = torch.zeros_like(q), q
+        for _ in range(terms - 2):
+            total, power = total + 2 * power, power @ q
+        return total + power
+
+
+def _identity(q: Tensor) -> Tensor:
+    return torch.eye(q.shape[-1], device=q.device, dtype=q.dtype)
+
+
+def turn(y: Tensor, blocks: Tensor, dim: int) -> Tensor:
+    """Return every run of b channels of `y` (along `dim`, 1 or -1) as a row vector times its block of `blocks` (K, b, b)."""
+    count, size, _ = blocks.shape
+    blocks = blocks.to(y.dtype)
+    if dim == -1 or y.dim() == 2:
+        runs = y.reshape(-1, count, size).transpose(0, 1)
+        return torch.bmm(runs, blocks).transpose(0, 1).reshape(y.shape)
+    if not y.is_contiguous() and y.movedim(1, -1).is_contiguous():  # channels last
+        return turn(y.movedim(1, -1), blocks, -1).movedim(-1, 1)
+    return torch.matmul(blocks.mT, y.reshape(len(y), count, size, -1)).view(y.shape)

@@ -1,0 +1,49 @@
+"""Applying a matrix of low rank: two thin products in place of one wide, the second summed into what is there already.
+
+Mathematics for the methods of this room whose dW, or a part of it, is `up @ down`. Letters: `R` rank, `O` outputs, `I` inputs.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vgm_peft.delta import convolve
+
+
+def narrow(x: Tensor, down: Tensor, layer: nn.Module) -> Tensor:
+    """Return down(x): (..., R) for `down` (R, I), (B, groups * R, *spatial) for a convolution's (R, I/groups, *kernel)."""
+    down = down.to(x.dtype)
+    if down.dim() == 2:
+        return F.linear(x, down)
+    groups = cast(nn.Conv2d, layer).groups
+    return convolve(layer, x, down if groups == 1 else down.repeat(groups, *[1] * (down.dim() - 1)))
+
+
+def widen(hidden: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
+    """Return up(hidden), for what `narrow` returned and `up` (O, R); each group of outputs from its own ranks."""
+    up = up.to(hidden.dtype)
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return F.linear(hidden, up)
+    pointwise = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[hidden.dim() - 2]
+    return pointwise(hidden, up.view(*up.shape, *[1] * (hidden.dim() - 2)), groups=layer.groups)
+
+
+def add_wide(output: Tensor, hidden: Tensor, up: Tensor, layer: nn.Module, scale: float = 1.0) -> Tensor:
+    """Return `output` + scale * up(hidden), a new tensor, in one product where there is one."""
+    hidden, up = hidden.to(output.dtype), up.to(output.dtype)
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return add_product(output, hidden, up, scale)
+    if layer.groups > 1:
+        return torch.add(output, widen(hidden, up, layer), alpha=scale)
+    if not output.is_contiguous():  # channels last: pixels are rows
+        return add_product(output.movedim(1, -1), hidden.movedim(1, -1), up, scale).movedim(-1, 1)
+    many = up.expand(len(hidden), -1, -1)
+    return torch.baddbmm(output.flatten(2), many, hidden.flatten(2), alpha=scale).view(output.shape)
+
+
+def add_product(output: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Return `output` (..., O) + scale * `hidden` (..., R) @ up.T, all of one dtype, in one product."""
+    rows, rank = up.shape
+    return torch.addmm(output.reshape(-1, rows), hidden.reshape(-1, rank), up.t(), alpha=scale).view(output.shape)

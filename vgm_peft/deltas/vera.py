@@ -1,0 +1,117 @@
+"""VeRA: two trained vectors around frozen random matrices that all layers share, dW = diag(b) B diag(d) A.
+
+Kopiczko et al. 2023 (arXiv 2310.11454). A and B are made from a seed and are in no file; of a stream of random
+values each layer takes as many rows as it has inputs or outputs, so what one layer gets does not depend on the others.
+
+Letters: `R` rank, `O` outputs, `I` inputs (of a convolution, all values of its kernel that one output sees).
+
+| here | shape | peft |
+|---|---|---|
+| `b`, `d` | (O,), (R,) | `vera_lambda_b`, `vera_lambda_d` |
+| (A), (B) | (R, I), (O, R), frozen | `vera_A`, `vera_B`: other values, drawn for the largest layer and scaled by its size |
+
+Both are uniform with variance 2 / fan-in, as in the paper (Kaiming); of A the fan-in is the layer's own. Other tools get it
+multiplied out, as a LoRA of rank R.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vgm_peft.delta import Call, Patch, along_outputs
+from vgm_peft.deltas.thin import narrow, widen
+from vgm_peft.errors import ConfigError
+from vgm_peft.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeraOptions:
+    """Settings of one VeRA. The defaults are those of peft."""
+
+    rank: int = 256
+    """R: costs time, but hardly any values; may exceed the layer's own sides."""
+    d_initial: float = 0.1
+    """What d is at first."""
+    seed: int = 0
+    """What the frozen matrices are made from."""
+    dropout: float = 0.0
+    """Share of the layer's inputs hidden from A while training."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank = {self.rank}", expected="1 or more")
+        if self.d_initial == 0.0:
+            raise ConfigError("d_initial = 0.0", expected="another number", fix="with b and d both 0 nothing is ever learned")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed = {self.seed}", expected="0 .. 2**63 - 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout = {self.dropout}", expected="0 or more and below 1")
+
+
+class Vera(Patch):
+    """dW = diag(b) B diag(d) A on a linear or conv layer; starts at zero because b does."""
+
+    kind = "vera"
+    Options = VeraOptions
+    ops = frozenset({"linear", "conv"})
+    rate = 20.0
+    examples = (VeraOptions(rank=5, d_initial=0.5), VeraOptions(rank=8, seed=3))
+    options: VeraOptions
+
+    def __init__(self, site: Site, options: VeraOptions, generator: torch.Generator | None = None) -> None:
+        """Begin at b = 0 and d = `d_initial`; nothing is drawn from `generator`."""
+        super().__init__(site, options, generator)
+        self.b = nn.Parameter(torch.zeros(site.rows))
+        self.d = nn.Parameter(torch.full((options.rank,), options.d_initial))
+
+    def frozen(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return A (R, inputs of one group, *kernel) and B (O, R)."""
+        rank, seed, site = self.options.rank, self.options.seed, self.site
+        down = sqrt(6 / site.columns) * _stream(2 * seed, site.columns, rank, dtype, device).t()
+        return down.reshape(rank, *site.shape[1:]), sqrt(6 / rank) * _stream(2 * seed + 1, site.rows, rank, dtype, device)
+
+    def change(self, base: Tensor) -> Tensor:
+        """Return diag(b) B diag(d) A in the shape of the weight."""
+        down, up = self.frozen(self.b.dtype, self.b.device)
+        return ((self.b[:, None] * up) @ (self.d[:, None] * down.flatten(1))).view(self.site.shape)
+
+    def contribution(self, call: Call) -> Tensor:
+        """Return b * B(d * A(x))."""
+        return along_outputs(self.b.to(call.x.dtype), call.x, call.layer) * self._wide(call)
+
+    def add_to(self, output: Tensor, call: Call, strength: float) -> Tensor:
+        """Return `output` + strength * b * B(d * A(x)); scaling activations spares the gradients of two matrices."""
+        b = along_outputs(strength * self.b.to(output.dtype), call.x, call.layer)
+        return torch.addcmul(output, self._wide(call).to(output.dtype), b)
+
+    def _wide(self, call: Call) -> Tensor:
+        x = F.dropout(call.x, self.options.dropout) if self.training and self.options.dropout else call.x
+        down, up = self.frozen(x.dtype, x.device)
+        hidden = narrow(x, down, call.layer)
+        d = self.d.to(hidden.dtype)
+        if self.site.op == "conv":  # each group has all ranks
+            d = d.repeat(hidden.shape[1] // len(d)).view(-1, *[1] * (hidden.dim() - 2))
+        return widen(d * hidden, up, call.layer)
+
+    def pack(self, base: Tensor) -> dict[str, Tensor]:
+        """Return the LoRA it multiplies out to: `lora_down.weight`, `lora_up.weight` and `alpha` = rank."""
+        down, up = self.frozen(self.b.dtype, self.b.device)
+        d = self.d.detach().view(-1, *[1] * (down.dim() - 1))
+        return {
+            "lora_down.weight": d * down,
+            "lora_up.weight": (self.b.detach()[:, None] * up).reshape(*up.shape, *[1] * (down.dim() - 2)),
+            "alpha": torch.tensor(float(self.options.rank)),
+        }
+
+
+@lru_cache(maxsize=64)
+def _stream(seed: int, rows: int, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the first `rows` of an endless table of U(-1, 1), kept once for all layers of a size."""
+    with torch.inference_mode(False), torch.no_grad():
+        table = torch.empty(rows, rank, dtype=torch.float32, device="cpu")
+        table.uniform_(-1.0, 1.0, generator=torch.Generator().manual_seed(seed))
+        return table.to(device, dtype)
