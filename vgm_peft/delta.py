@@ -65,8 +65,10 @@ class Patch(nn.Module, ABC):
     """The layers that the literature trains by this method: presets or patterns, as in a recipe."""
     rate: ClassVar[float] = 1.0
     """The learning rate that the literature gives this method, as a multiple of that of LoRA."""
-    base_free: ClassVar[bool] = True
+    base_free: bool = True
     """dW does not depend on W (LoRA: yes; DoRA: no)."""
+    packs_alone: bool = False
+    """What `pack` returns does not depend on W though dW does: the spelling is a multiple or rotation of it (IA3, OFT)."""
     timed: ClassVar[bool] = False
     """dW depends on the denoiser's timestep, which `at` is told: then it acts live only."""
     gradient_is_exact: ClassVar[bool] = True
@@ -133,9 +135,11 @@ class Patch(nn.Module, ABC):
         """Return tensors under the suffixes that other tools read (LyCORIS' vocabulary), meaning exactly this dW.
 
         Suffixes are written after the module's name and a dot: `lora_down.weight`, `lora_up.weight`, `lokr_w1`, `diff`,
-        `alpha` ... `base` as for `change`. The default is the dense `diff`; a method with a compact spelling gives that.
+        `alpha` ... `base` as for `change`. The default is the dense `diff`, of a norm's weight
+        `w_norm`, of a bias `diff_b`; a method with a compact spelling gives that.
         """
-        return {"diff" if self.site.tensor == "weight" else "diff_b": self.change(base).detach()}
+        name = "diff_b" if self.site.tensor == "bias" else "w_norm" if self.site.op == "norm" else "diff"
+        return {name: self.change(base).detach()}
 
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> "Self | None":

@@ -1,4 +1,4 @@
-"""The four commands answer `--help` at once, and a slip of the finger with one line and status 2."""
+"""The commands answer `--help` at once, and a slip of the finger with one line and status 2."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from vgm_peft.cli import main
 
-COMMANDS = ("train", "generate", "delta", "studio")
+COMMANDS = ("train", "generate", "delta", "studio", "bench")
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "gradio", "safetensors", "PIL")
 PROGRAM = """
 import json, sys, time
@@ -22,7 +22,9 @@ print(json.dumps({"status": status, "seconds": time.process_time(), "modules": s
 
 
 @pytest.mark.parametrize(
-    "arguments", [(name,) for name in COMMANDS] + [("delta", "inspect"), ("delta", "export")], ids=" ".join
+    "arguments",
+    [(name,) for name in COMMANDS] + [("delta", "inspect"), ("delta", "export"), ("bench", "methods")],
+    ids=" ".join,
 )
 def test_help_is_quick_and_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments, "--help"], capture_output=True, text=True, check=True)
@@ -42,7 +44,7 @@ def test_the_installed_command_is_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_unknown_flag_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = {"delta": ["inspect", "x.safetensors"], "train": ["dreambooth"]}.get(name, [])
+    arguments = {"delta": ["inspect", "x.safetensors"], "train": ["dreambooth"], "bench": ["methods"]}.get(name, [])
     assert main(name, [*arguments, "--no-such-flag"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"vgm-{name}: ") and error.count("\n") == 1 and "--no-such-flag" in error

@@ -96,7 +96,7 @@ class Gain(Patch):
     Options: ClassVar[type] = NoOptions
     ops: ClassVar[frozenset[Op]] = frozenset({"linear", "conv", "norm", "embedding", "bias"})
     examples: ClassVar[tuple[NoOptions, ...]] = (NoOptions(),)
-    base_free: ClassVar[bool] = False
+    base_free = False
 
     def __init__(self, site: Site, options: NoOptions, generator: torch.Generator | None = None) -> None:
         super().__init__(site, options, generator)
@@ -120,6 +120,7 @@ def delta_of(net: nn.Module, method: type[Patch], seed: int = 1) -> Delta:
     return delta
 
 
-def linears(base: Base) -> list[Site]:
-    """The linear layers of a denoiser."""
-    return [s for s in base.sites if s.part == base.family.denoiser and s.op == "linear"]
+def sites_for(method: type[Patch], base: Base) -> list[Site]:
+    """The linear layers of a denoiser, or what a method for other things can change of it."""
+    ops = {"linear"} & method.ops or method.ops
+    return [s for s in base.sites if s.part == base.family.denoiser and s.op in ops]

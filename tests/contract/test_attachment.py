@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.contract.ground import Gain, NoOptions, State, assert_close, delta_of, draw, linears, predict, tiny_net
+from tests.contract.ground import Gain, NoOptions, State, assert_close, delta_of, draw, predict, sites_for, tiny_net
 from vgm_peft.attachment import Attachment, Fusion, attached, attachments
 from vgm_peft.delta import Delta, apply_dense
 from vgm_peft.deltas import TABLE
@@ -26,13 +26,14 @@ KINDS = list(TABLE)
 def test_an_exception_inside_forward(base: Base, kind: str) -> None:
     """The base is usable and removable in the middle of what went wrong (the fixture checks that it is as before)."""
     method = TABLE[kind]
-    delta = Delta.fit(base.family.name, method, linears(base), method.examples[0]).train(False)
+    delta = Delta.fit(base.family.name, method, sites_for(method, base), method.examples[0]).train(False)
     draw(delta, size=0.05)
     last = list(delta)[-1]
     with torch.no_grad():
         expected = predict(base)
         with pytest.raises(RuntimeError, match="in the middle"), Attachment(base.parts, delta):
-            last.add_to = raising  # pyright: ignore[reportAttributeAccessIssue]
+            for way in ("add_to", "add_feed", "change"):  # at the output, at the input, in the weight
+                setattr(last, way, raising)
             predict(base)
         assert torch.equal(predict(base), expected)
 
@@ -146,7 +147,8 @@ def test_the_dense_way_serves_every_tensor_that_a_base_can_have(layer: nn.Module
             assert_close(layer(x), by_hand(x))
 
 
-ENTRY = st.tuples(st.sampled_from(KINDS), st.integers(0, 1), st.floats(-2, 2, width=16), st.booleans())
+ANYWHERE = [kind for kind in KINDS if {"linear", "conv"} <= TABLE[kind].ops]
+ENTRY = st.tuples(st.sampled_from(ANYWHERE), st.integers(0, 1), st.floats(-2, 2, width=16), st.booleans())
 
 
 @settings(max_examples=40, deadline=None)
@@ -160,8 +162,10 @@ def test_any_stack_is_the_dense_sum(entries: list[tuple[str, int, float, bool]],
     site = next(s for s in find_sites("part", parts["part"]) if s.tensor == "weight")
     state, on = State.of(parts), []
     for number, (kind, example, strength, live) in enumerate(entries):
-        delta = Delta("any", {site.name: TABLE[kind](site, TABLE[kind].examples[example]).double()})
+        method = TABLE[kind]
+        delta = Delta("any", {site.name: method(site, method.examples[example % len(method.examples)]).double()})
         draw(delta, seed=number)
+        live |= method.timed
         on.append((Attachment(parts, delta, strength) if live else Fusion(parts, [(delta, strength)]), delta, strength))
     original = state.values["part.layer.weight"]
     order.shuffle(on)  # pyright: ignore[reportAttributeAccessIssue]

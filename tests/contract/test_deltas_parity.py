@@ -244,6 +244,7 @@ PARDONED = {
     "train/config.py": "the default of `[delta] kind`, a recipe in code",
     "families/original.py": "looks for names of tensors in foreign files",
     "formats/diffusers.py": "looks for the initialisations of peft in foreign metadata",
+    "formats/kohya.py": "says the kind in metadata by LyCORIS' words, as the file's tensors tell it",
 }
 
 

@@ -19,7 +19,7 @@ def make_delta(
 ) -> Delta:
     """A delta of one kind on a base, no value of it zero."""
     method = method_named(kind)
-    sites = choose(base.sites, list(patterns), base.family.presets)
+    sites = choose(base.sites, list(patterns), base.family.presets, method.ops)
     return shake(Delta.fit(base.family.name, method, sites, method.Options(**options)), seed, size)
 
 

@@ -131,6 +131,32 @@ def test_ranks_that_differ_are_filled_up_and_found_again(shared: Make, tmp_path:
     assert_same_change(found, delta, base)
 
 
+@pytest.mark.parametrize("ending", ("", ".weight", ".default.weight"))
+def test_magnitudes_are_read(ending: str, tmp_path: Path) -> None:
+    """W' = m (W + up @ down) / |W + up @ down| for every output; the others stay LoRAs."""
+    file = spelled("peft")
+    file[f"unet.{UNET}.to_q.lora_magnitude_vector{ending}"] = m = torch.rand(5, generator=torch.Generator().manual_seed(3))
+    patches = read(tmp_path, file).patches
+    assert [patch.kind for patch in patches.values()].count("dora") == 1
+    base = torch.randn(5, 5, generator=torch.Generator().manual_seed(4))
+    changed = base + UP.T @ DOWN
+    expected = m[:, None] * changed / changed.norm(dim=1, keepdim=True)
+    assert difference(base + patches[f"unet.{UNET}.to_q.weight"].change(base), expected) <= 1e-6
+
+
+def test_magnitudes_on_some_layers_or_by_input_are_refused(shared: Make, tmp_path: Path) -> None:
+    base = shared("sd15")
+    some = make_delta(base, "dora", ("cross-attention",), rank=2)
+    mixed = Delta("sd15", {**some.patches, **make_delta(base, "lora", ("self-attention",), rank=2).patches})
+    with pytest.raises(DeltaError, match="unet: some layers are DoRAs and some are not"):
+        formats.write(mixed, tmp_path / "a.safetensors", "diffusers", base)
+    with pytest.raises(DeltaError, match="no place for dora"):
+        delta = make_delta(base, "dora", ("cross-attention",), rank=2, axis="input")
+        formats.write(delta, tmp_path / "a.safetensors", "diffusers", base)
+    with pytest.raises(DeltaError, match="name the base"):
+        formats.write(some, tmp_path / "a.safetensors", "diffusers")
+
+
 def test_kinds_without_a_place_are_refused_with_what_would_work(shared: Make, tmp_path: Path) -> None:
     base = shared("sd15")
     delta = make_delta(base, "krona", ("cross-attention",))
@@ -144,7 +170,7 @@ def _bias(file: dict[str, Tensor]) -> None:
 
 
 def _magnitude(file: dict[str, Tensor]) -> None:
-    file[f"unet.{UNET}.to_q.lora_magnitude_vector.weight"] = torch.zeros(5)
+    file[f"unet.{UNET}.to_q.lora_magnitude_vector.weight"] = torch.zeros(6)
 
 
 def _unknown(file: dict[str, Tensor]) -> None:
@@ -171,7 +197,7 @@ def _half(file: dict[str, Tensor]) -> None:
     "change,message",
     (
         (_bias, "not a LoRA's.*lora_B.bias"),
-        (_magnitude, "not a LoRA's.*lora_magnitude_vector"),
+        (_magnitude, "to_q .*dora_scale 6"),
         (_unknown, "match nothing.*down_blocks.7"),
         (_peft, "adapter_config.json"),
         (_twice, "two tensors"),

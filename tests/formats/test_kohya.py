@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.formats.ground import assert_same_change, difference, make_delta, make_word
+from tests.formats.ground import assert_same_change, difference, make_delta, make_word, shake
 from vgm_peft import formats
 from vgm_peft.delta import Delta
+from vgm_peft.deltas import method_named
 from vgm_peft.errors import DeltaError
 from vgm_peft.family import Base
 from vgm_peft.formats.canonical import open_header
@@ -147,6 +148,52 @@ def test_round_trip(
     bound = {None: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
     assert_same_change(found, delta, base, bound)
     assert formats.write(delta, tmp_path / "b.safetensors", "kohya", base, dtype=dtype).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("changed", ("weight", "bias", "both", "nothing"))
+def test_norms_are_spelled_by_both_halves(shared: Make, changed: str, tmp_path: Path) -> None:
+    """What a delta does not change is zeros in the file, and no patch when read, unless there is nothing else."""
+    base = shared("sd15")
+    patterns = {"weight": ("*norm*.weight",), "bias": ("*norm*.bias",)}.get(changed, ("*norm*",))
+    delta = make_delta(base, "norm", patterns, size=0.0 if changed == "nothing" else 0.3)
+    stored = load_file(path := formats.write(delta, tmp_path / "a.safetensors", "kohya"))
+    modules = {name.split(".")[0] for name in stored}
+    assert {name.split(".")[1] for name in stored} == {"w_norm", "b_norm"} and len(stored) == 2 * len(modules)
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_norm1" in modules
+    zero = {"weight": "b_norm", "bias": "w_norm"}.get(changed)
+    assert all(bool(t.any()) == (changed != "nothing" and not n.endswith(zero or "-")) for n, t in stored.items())
+    assert_same_change(formats.read(path), delta, base)
+
+
+def test_the_bias_of_another_layer_is_no_norms(shared: Make, tmp_path: Path) -> None:
+    base = shared("sd15")
+    delta = make_delta(base, "bitfit", ("unet.conv_in", "unet.conv_norm_out"))
+    stored = load_file(path := formats.write(delta, tmp_path / "a.safetensors", "kohya", base))
+    assert set(stored) == {"lora_unet_conv_in.diff_b", "lora_unet_conv_norm_out.w_norm", "lora_unet_conv_norm_out.b_norm"}
+    assert_same_change(formats.read(path, base), delta, base)
+
+
+@pytest.mark.parametrize(("kind", "options"), (("ia3", {}), ("ia3", {"on_input": True}), ("glora", {"rank": 2}), ("boft", {})))
+def test_what_is_spelled_without_the_base_is_written_without_it(
+    shared: Make, kind: str, options: dict[str, bool], tmp_path: Path
+) -> None:
+    """dW of these depends on W, their tensors do not; by a base at hand the file is the same."""
+    from vgm_peft.families import family_named
+    from vgm_peft.site import choose, find_sites
+
+    base = shared("sd15")
+    method = method_named(kind)
+    published = [s for part, root in family_named("sd15").published().items() for s in find_sites(part, root)]
+    sites = choose(published, ["*attn2.to_k"], {})
+    delta = shake(Delta.fit("sd15", method, sites, method.Options(**options)))
+    path = formats.write(delta, tmp_path / "a.safetensors", "kohya")
+    found = formats.read(path)
+    assert set(found.patches) == set(delta.patches) and found.kinds == (kind,)
+    small = make_delta(base, kind, ("cross-attention",), **options)
+    with_base = formats.write(small, tmp_path / "b.safetensors", "kohya", base)
+    assert_same_change(formats.read(with_base, base), small, base)
+    with pytest.raises(DeltaError, match="depends on the base's own weights; name the base"):
+        formats.write(make_delta(base, "hra", ("cross-attention",)), tmp_path / "c.safetensors", "kohya")
 
 
 def test_stable_scale_is_stored_in_alpha(shared: Make, tmp_path: Path) -> None:

@@ -55,6 +55,19 @@ def test_stock_pipeline_draws_the_same_picture(base: Base, text: bool, tmp_path:
         assert difference(drawn_stock(base, path, parts), ours) <= 1e-4
 
 
+@pytest.mark.parametrize("text", (False, True), ids=("unet", "unet and text"))
+def test_stock_pipeline_draws_the_same_picture_of_a_dora(base: Base, text: bool, tmp_path: Path) -> None:
+    sites = ("attention", "conv", "text") if text else ("attention", "conv")
+    delta = make_delta(base, "dora", sites, rank=3, alpha=2.0, size=0.1)
+    parts = {"unet"} | (set(base.family.parts[1:]) if text else set())
+    ours = drawn_live(base, delta)
+    path = formats.write(delta, tmp_path / "dora.safetensors", "diffusers", base)
+    assert difference(drawn_stock(base, path, parts), ours) <= 1e-4
+    again = formats.read(path, base)
+    assert again.kinds == ("dora",)
+    assert_same_change(again, delta, base)
+
+
 def test_mixed_ranks_and_stable_scale(base: Base, tmp_path: Path) -> None:
     low = make_delta(base, "lora", ("cross-attention",), rank=2, alpha=5.0, size=0.2)
     high = make_delta(base, "lora", ("self-attention",), rank=4, alpha=1.0, rslora=True, size=0.2)

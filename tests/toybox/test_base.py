@@ -1,20 +1,21 @@
 """The embedded base: what the trainer writes loads in plain diffusers, and what is committed is within its bounds."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from vgm_peft.toybox.nets import make_vae
+from vgm_peft.toybox.nets import decode, encode, make_vae
 from vgm_peft.toybox.optim import muon_for, orthogonalise
 from vgm_peft.toybox.pipeline import write_pipeline
 from vgm_peft.toybox.pixels import jitter_colours, random_shapes, to_bytes, to_float
 from vgm_peft.toybox.state import Clock, load_state, restore_optimiser, save_state
 from vgm_peft.toybox.state import optimiser_tensors as tensors_of
 from vgm_peft.toybox.text import COMMON_WORDS, RARE_WORDS, TextSettings, make_tokenizer, new_text_model, tokenize
-from vgm_peft.toybox.unet import Latents, UnetRun, UnetSettings, new_unet
-from vgm_peft.toybox.vae import fold_statistics
+from vgm_peft.toybox.unet import Latents, UnetRun, UnetSettings, draw_batch, new_unet
+from vgm_peft.toybox.vae import deepened, fold_statistics
 
 MIB = 1024 * 1024
 TINY = UnetSettings(widths=(8, 8, 16, 16), heads=(1, 1, 1, 1), text_width=16, batch=4, coarse_batch=4)
@@ -87,10 +88,11 @@ def test_orthogonalise_evens_out_the_singular_values(shape: tuple[int, int, int]
     assert values.max() < 1.3 and (shape[1] == shape[2] or values.min() > 0.7)
 
 
-def tiny_data() -> Latents:
+def tiny_data(draw: torch.Tensor | None = None) -> Latents:
     chance = torch.Generator().manual_seed(0)
     mean = torch.randn(8, 4, 16, 16, generator=chance).half()
-    return Latents(mean, torch.full_like(mean, 0.01), torch.zeros(8, 16, 16, dtype=torch.uint8), torch.ones(8, 2, 32))
+    even, toy = torch.ones(8), torch.zeros(8, 16, 16, dtype=torch.uint8)
+    return Latents(mean, torch.full_like(mean, 0.01), toy, torch.ones(8, 2, 32), even if draw is None else draw)
 
 
 def test_a_resumed_run_takes_the_very_same_steps(tmp_path: Path) -> None:
@@ -123,6 +125,26 @@ def test_a_finished_base_can_be_trained_on(tmp_path: Path) -> None:
     assert UnetRun.start(TINY, 60, "cpu", tmp_path / "work" / "unet.safetensors").step == 0
 
 
+def test_a_deeper_vae_draws_the_same_at_first() -> None:
+    torch.manual_seed(0)
+    vae, pictures = make_vae((8, 8, 8)), torch.rand(2, 3, 16, 16)
+    deeper = deepened(vae, (8, 8, 8), 2)
+    assert dict(deeper.config)["layers_per_block"] == 2
+    with torch.no_grad():
+        latent = encode(vae, pictures).mean
+        assert torch.equal(encode(deeper, pictures).mean, latent)
+        assert torch.equal(decode(deeper, latent), decode(vae, latent))
+
+
+def test_favoured_pictures_are_drawn_more_often() -> None:
+    tokenizer = make_tokenizer([*COMMON_WORDS, *RARE_WORDS])
+    text, empty = new_text_model(tokenizer, TINY_TEXT).requires_grad_(False), tokenize(tokenizer, [""])
+    data = tiny_data(torch.tensor([1.0] * 7 + [7.0]))
+    batch = draw_batch(data, text, empty, replace(TINY, batch=2000), torch.Generator().manual_seed(0), False)
+    last = (batch.latent - data.mean[7].float()).abs().amax((1, 2, 3)) < 0.2
+    assert 0.4 < float(last.float().mean()) < 0.6
+
+
 def test_optimiser_state_survives_a_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 4)
@@ -152,7 +174,14 @@ def test_a_clock_goes_on_where_it_stopped() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "says"),
-    [(["--widths", "32,64"], "four multiples"), (["--stages", "unett"], "some of"), (["--minutes", "0"], "more than")],
+    [
+        (["--widths", "32,64"], "four multiples"),
+        (["--stages", "unett"], "some of"),
+        (["--minutes", "0"], "more than"),
+        (["--rates", "0"], "more than"),
+        (["--favour", "duk=2"], 'did you mean "duck"'),
+        (["--favour", "duck=often"], "CLASS=N"),
+    ],
 )
 def test_bad_flags_are_refused(flags: list[str], says: str, tmp_path: Path) -> None:
     import argparse

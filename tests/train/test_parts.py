@@ -11,8 +11,9 @@ from torch import nn
 
 from tests.train.ground import tiny_base
 from vgm_peft.config import Table
+from vgm_peft.deltas import TABLE as DELTAS
 from vgm_peft.errors import ConfigError, SaveError
-from vgm_peft.train.config import LossConfig, OptimiserConfig, bind, table
+from vgm_peft.train.config import DeltaConfig, LossConfig, OptimiserConfig, bind, table
 from vgm_peft.train.journal import Journal, Taken
 from vgm_peft.train.objective import Objective
 from vgm_peft.train.optim import MovingAverage, rate_factor, set_rates
@@ -185,6 +186,20 @@ def test_recipes_extend_and_their_paths_are_their_own(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text('extends = "sub/over.toml"\n')
     with pytest.raises(ConfigError, match="extends itself"):
         read_recipe(tmp_path / "sub" / "over.toml")
+
+
+def test_a_recipe_for_another_method_takes_nothing_of_the_first(tmp_path: Path) -> None:
+    (tmp_path / "low.toml").write_text('[delta]\nkind = "lora"\nsites = ["all"]\nrank = 3\n[optimiser]\nlr = 0.5\n')
+    (tmp_path / "more.toml").write_text('extends = "low.toml"\n[delta]\nrank = 5\n')
+    (tmp_path / "other.toml").write_text('extends = "low.toml"\n[delta]\nkind = "ia3"\n')
+    assert read_recipe(tmp_path / "more.toml")["delta"] == {"kind": "lora", "sites": ["all"], "rank": 5}
+    assert read_recipe(tmp_path / "other.toml") == {"delta": {"kind": "ia3"}, "optimiser": {"lr": 0.5}}
+
+
+@pytest.mark.parametrize("kind", DELTAS)
+def test_every_method_has_a_recipe_on_the_embedded_base(kind: str) -> None:
+    found = shipped_recipe("dreambooth", DeltaConfig(kind=kind), ["toybox"])
+    assert found is not None and found[1]
 
 
 def test_shipped_recipes_bind_and_are_found() -> None:

@@ -1,4 +1,4 @@
-"""The commands `vgm-train`, `vgm-generate`, `vgm-delta` and `vgm-studio`: parse, call, print.
+"""The commands `vgm-train`, `vgm-generate`, `vgm-delta`, `vgm-studio` and `vgm-bench`: parse, call, print.
 
 A command is a module `vgm_peft/cli/<name>.py` whose docstring is its `--help` and which offers two functions:
 
@@ -115,3 +115,8 @@ def delta() -> int:
 def studio() -> int:
     """`vgm-studio`: the same in a browser."""
     return main("studio")
+
+
+def bench() -> int:
+    """`vgm-bench`: compare methods by what they learn."""
+    return main("bench")

@@ -71,6 +71,7 @@ class Boft(Patch):
     rate = 0.6
     examples = (BoftOptions(), BoftOptions(constraint=0.02, rescale=True), BoftOptions(factors=1))
     base_free = False
+    packs_alone = True
     options: BoftOptions
     place: Tensor
 

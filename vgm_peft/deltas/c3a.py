@@ -9,7 +9,8 @@ blocks at every place of its kernel, and I counts them all.
 | `kernel` | (O/b, I/b, b), conv (O/b, I/b, b, *kernel) | `c3a_kernel` (linear only) |
 
 peft begins at random kernels, so small that it hardly shows; here they begin at zero, and the fresh delta changes nothing.
-b must divide both sides; the default is the largest such side up to 256 of every layer by itself. Rates are high, since dW
+b must divide both sides; the default is the largest such side up to 256 of every layer by itself. Side 1 is full training and
+must be asked for. Rates are high, since dW
 is the kernel divided by I: 1e-1 and more.
 """
 
@@ -33,7 +34,7 @@ class C3aOptions:
     """Size of the blocks."""
 
     block: int | None = None
-    """Side b, a divisor of the layer's inputs and outputs. None: the largest that fits, up to 256."""
+    """Side b, a divisor of the layer's inputs and outputs. None: the largest that fits, from 2 up to 256."""
 
     def __post_init__(self) -> None:
         if self.block is not None and self.block < 1:
@@ -79,10 +80,16 @@ class C3a(Patch):
 
 
 def _side(site: Site, asked: int | None) -> int:
-    """Return the asked side of a block, or the largest usual one. Raises `DeltaError` naming those that fit."""
+    """Return the asked side of a block, or the largest usual one above 1. Raises `DeltaError` naming those that fit."""
     allowed = divisors(gcd(site.rows, site.shape[1]))
+    usual = max(n for n in allowed if n <= USUAL)
+    if asked is None and usual > 1:
+        return usual
     if asked is None:
-        return max(n for n in allowed if n <= USUAL)
+        raise DeltaError(
+            f"{site}: only blocks of side 1 divide its {site.rows} outputs and {site.shape[1]} inputs, which is full training",
+            fix="leave the layer out of the targets, or ask for it with block = 1",
+        )
     if asked not in allowed:
         raise DeltaError(
             f"{site}: block = {asked} does not divide its {site.rows} outputs and {site.shape[1]} inputs",

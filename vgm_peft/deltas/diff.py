@@ -54,11 +54,6 @@ class Diff(Patch):
         """Return the difference as it is."""
         return self.diff
 
-    def pack(self, base: Tensor) -> dict[str, Tensor]:
-        """Return `diff`, of a norm's weight `w_norm`, of any bias `diff_b`."""
-        plain, normal = SUFFIXES[self.site.tensor]
-        return {normal if self.site.op == "norm" else plain: self.diff.detach()}
-
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
         """Read `diff` or `w_norm` at a weight, `diff_b` or `b_norm` at a bias."""

@@ -11,6 +11,8 @@ last projection of the branch and is one with that one's own (gates multiply ele
 | `gain` | (O,), g - 1 | a linear or conv weight | LyCORIS (IA)^3 `weight`, output side |
 | `shift` | that of the tensor | biases, norm weights, class embeddings | `diff_b`, `w_norm`, `diff` |
 
+A gain is exported as the dense `diff`: UIs read that beside a `diff_b`, but no (IA)^3 `weight` there.
+
 Both are kept around 0, so that weight decay leads back to the base. Sites are the user's: for a U-Net, as in the paper's port,
 `*.bias`, `*norm*`, and the weights `*.to_q.weight`, `*.to_k.weight`, `*.to_v.weight`, `*.to_out.0.weight`, `*.ff.net.2.weight`.
 The learning rate is 10 times that of full training, so 1e-3.
@@ -46,6 +48,7 @@ class DiffFit(Patch):
         """Begin at g = 1 and no shift."""
         super().__init__(site, options, generator)
         self.scales = site.op in ("linear", "conv")
+        self.base_free = not self.scales
         if self.scales:
             self.gain = nn.Parameter(torch.zeros(site.rows))
         else:
@@ -68,9 +71,3 @@ class DiffFit(Patch):
         if not self.scales:
             return super().add_to(output, call, strength)
         return add_scaled_rows(output, call, self.site, self.gain, strength)
-
-    def pack(self, base: Tensor) -> dict[str, Tensor]:
-        """Return the dense `diff`, which every UI reads beside a `diff_b` (they do not read an (IA)^3 `weight` there); of a
-        norm's weight `w_norm`.
-        """
-        return {"w_norm": self.shift.detach()} if self.site.op == "norm" else super().pack(base)

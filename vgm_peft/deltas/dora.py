@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from vgm_peft.delta import Call, along_outputs, apply_dense
 from vgm_peft.deltas.lowrank import LowRank, LowRankOptions, read_pair, spell
+from vgm_peft.deltas.thin import add_wide
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Site
 
@@ -65,6 +66,7 @@ class Dora(LowRank):
         """Draw `down` as a LoRA does."""
         super().__init__(site, options, generator)
         self.magnitude = nn.Parameter(torch.zeros(site.shape[self._kept]))
+        self.packs_alone = options.absolute
 
     @property
     def _kept(self) -> int:
@@ -84,7 +86,7 @@ class Dora(LowRank):
             down, up, scale = self.pair()
             product = call.product(self.site)
             lifted = product * along_outputs(c - 1, call.x, call.layer).to(product.dtype)
-            return self.add_expanded(lifted, self.hidden(call, down), c[:, None] * up, call.layer, scale)
+            return add_wide(lifted, self.hidden(call, down), c[:, None] * up, call.layer, scale)
         return self._input_axis(call, c, None, 1.0)
 
     def add_to(self, output: Tensor, call: Call, strength: float) -> Tensor:
@@ -95,7 +97,7 @@ class Dora(LowRank):
         down, up, scale = self.pair()
         product = call.product(self.site).to(output.dtype)
         raised = torch.addcmul(output, product, along_outputs(strength * (c - 1), call.x, call.layer).to(output.dtype))
-        return self.add_expanded(raised, self.hidden(call, down), c[:, None] * up, call.layer, strength * scale)
+        return add_wide(raised, self.hidden(call, down), c[:, None] * up, call.layer, strength * scale)
 
     def _input_axis(self, call: Call, c: Tensor, output: Tensor | None, strength: float) -> Tensor:
         """Return `output`, or nothing, plus strength * (W((c - 1) x) + s up(down(c x)))."""
@@ -106,7 +108,7 @@ class Dora(LowRank):
         lifted = apply_dense(call.base.to(x.dtype), fed, layer, self.site)
         lifted = lifted if output is None else torch.add(output, lifted.to(output.dtype), alpha=strength)
         down, up, scale = self.pair()
-        return self.add_expanded(lifted, self.hidden(call, self._broadcast(c) * down), up, layer, strength * scale)
+        return add_wide(lifted, self.hidden(call, self._broadcast(c) * down), up, layer, strength * scale)
 
     def _ratio(self, base: Tensor) -> Tensor:
         """Return c = g / n without dense arithmetic; exactly 1 as long as nothing is learned."""

@@ -65,6 +65,7 @@ class Glora(Patch):
     ops = frozenset({"linear", "conv"})
     examples = (GloraOptions(rank=2, alpha=3.0), GloraOptions(rank=3))
     base_free = False
+    packs_alone = True
     acts = "input"
     options: GloraOptions
 

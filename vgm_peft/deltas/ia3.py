@@ -46,6 +46,7 @@ class Ia3(Patch):
     rate = 50.0
     examples = (Ia3Options(on_input=True), Ia3Options())
     base_free = False
+    packs_alone = True
     options: Ia3Options
 
     def __init__(self, site: Site, options: Ia3Options, generator: torch.Generator | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What all changes of low rank share: the pair `down`, `up`, its way through a layer, its spelling in other tools' files.
+"""What the LoRA family shares: the pair `down`, `up`, its training, its spelling in other tools' files. Products are `thin`'s.
 
 Letters: `R` rank, `O` outputs, `I` inputs, `B` pictures. The pair multiplies to dW = s * up @ down. In a convolution `down`
 has the layer's own kernel and `up` is 1x1; in one with groups each group of outputs has the same `down` for its own inputs.
@@ -16,13 +16,14 @@ folded into `down` it gives exactly the same dW at the same rank, and that is ho
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar, NamedTuple, Self, cast
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vgm_peft.delta import Call, Patch, convolve, seeded
+from vgm_peft.delta import Call, Patch, seeded
+from vgm_peft.deltas.thin import add_wide, narrow, widen
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Op, Site
 
@@ -125,39 +126,19 @@ class LowRank(Patch):
     def contribution(self, call: Call) -> Tensor:
         """Return s * up(down(x)): two thin products in place of one wide."""
         down, up, scale = self.live_pair()
-        hidden = self.hidden(call, down)
-        up = up.to(hidden.dtype)
-        if self.site.op == "linear":
-            return scale * F.linear(hidden, up).view(*call.x.shape[:-1], len(up))
-        return scale * _pointwise(hidden, up, call.layer)
+        wide = widen(self.hidden(call, down), up, call.layer)
+        return scale * (wide.view(*call.x.shape[:-1], len(up)) if self.site.op == "linear" else wide)
 
     def add_to(self, output: Tensor, call: Call, strength: float) -> Tensor:
         """Return `output + strength * contribution`, scaled and summed inside the product with `up`."""
         down, up, scale = self.live_pair()
-        return self.add_expanded(output, self.hidden(call, down), up, call.layer, strength * scale)
+        return add_wide(output, self.hidden(call, down), up, call.layer, strength * scale)
 
     def hidden(self, call: Call, down: Tensor) -> Tensor:
         """Return down(x): (tokens of all pictures, R) for linear, (B, groups * R, *spatial) for conv."""
-        x, layer = call.x, call.layer
-        down, pictures = down.to(x.dtype), len(x)
-        if self.training and self.options.dropout:
-            x = F.dropout(x, self.options.dropout)
-        if self.site.op == "linear":
-            return self.weigh(F.linear(x.reshape(-1, x.shape[-1]), down), pictures)
-        groups = cast(nn.Conv2d, layer).groups
-        return self.weigh(convolve(layer, x, down if groups == 1 else down.repeat(groups, *[1] * (down.dim() - 1))), pictures)
-
-    def add_expanded(self, output: Tensor, hidden: Tensor, up: Tensor, layer: nn.Module, scale: float) -> Tensor:
-        """Return `output + scale * up(hidden)`, where the layout allows it in one product."""
-        hidden, up = hidden.to(output.dtype), up.to(output.dtype)
-        if self.site.op == "linear":
-            return _add_product(output, hidden, up, scale)
-        if cast(nn.Conv2d, layer).groups > 1:
-            return torch.add(output, _pointwise(hidden, up, layer), alpha=scale)
-        if not output.is_contiguous():  # channels last: pixels are rows
-            return _add_product(output.movedim(1, -1), hidden.movedim(1, -1), up, scale).movedim(-1, 1)
-        many = up.expand(len(hidden), -1, -1)
-        return torch.baddbmm(output.flatten(2), many, hidden.flatten(2), alpha=scale).view(output.shape)
+        x = F.dropout(call.x, self.options.dropout) if self.training and self.options.dropout else call.x
+        rows = x.reshape(-1, x.shape[-1]) if self.site.op == "linear" else x
+        return self.weigh(narrow(rows, down, call.layer), len(x))
 
     def pack(self, base: Tensor) -> dict[str, Tensor]:
         """Return `lora_down.weight`, `lora_up.weight` and `alpha`, the latter such that alpha / rank is our scale."""
@@ -215,15 +196,3 @@ def read_pair(site: Site, tensors: Mapping[str, Tensor], others: frozenset[str] 
 def spell(tensor: Tensor) -> str:
     """Return a shape as `4x320`."""
     return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def _pointwise(hidden: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
-    """Apply `up` (O, R) as a 1x1 convolution to `hidden` (B, groups * R, *spatial), each group of outputs to its own ranks."""
-    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[hidden.dim() - 2]
-    return function(hidden, up.view(*up.shape, *[1] * (hidden.dim() - 2)), groups=cast(nn.Conv2d, layer).groups)
-
-
-def _add_product(output: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
-    """Return `output` (..., O) + scale * `hidden` (..., R) @ up.T in one product."""
-    rows, rank = up.shape
-    return torch.addmm(output.reshape(-1, rows), hidden.reshape(-1, rank), up.t(), alpha=scale).view(output.shape)

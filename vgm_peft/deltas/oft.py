@@ -89,6 +89,7 @@ class Oft(Patch):
             self.stretch = nn.Parameter(torch.zeros(site.rows))
         self.register_buffer("place", triangle(block), persistent=False)
         self.acts = "output" if options.side == "output" else "input"
+        self.packs_alone = options.side == "output" and not options.terms
 
     def q(self) -> Tensor:
         """Return Q (K, b, b), constrained, in float32 or wider."""
@@ -138,7 +139,7 @@ class Oft(Patch):
 
     def pack(self, base: Tensor) -> dict[str, Tensor]:
         """Return `oft_blocks` = Q / 2, an `alpha` that clamps nothing and `rescale`; the input side and series densely."""
-        if self.options.side == "input" or self.options.terms:
+        if not self.packs_alone:
             return super().pack(base)
         tensors = {"oft_blocks": (self.q() / 2).detach().to(self.skew.dtype), "alpha": torch.tensor(UNBOUND)}
         if self.options.rescale:

@@ -36,6 +36,11 @@ class Book:
     loaded: bool
     """The shapes are those of a base at hand, and not only of the published one."""
 
+    def is_norm(self, place: Place) -> bool:
+        """Say whether a module is a normalisation, which its bias alone does not tell."""
+        weight = self.sites.get(place, {}).get("weight")
+        return weight is not None and weight.op == "norm"
+
     def site(self, place: Place, tensor: str, tensors: Mapping[str, Tensor]) -> Site | None:
         """Return the site of a module's tensor; without a base its shape is that of the change that `tensors` spell."""
         known = self.sites.get(place, {}).get(tensor)

@@ -9,7 +9,7 @@ from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import DeltaError
 from vgm_peft.family import Base
 from vgm_peft.formats.header import listed
-from vgm_peft.formats.vocabulary import base_tensor, stand_in
+from vgm_peft.formats.vocabulary import change, pack
 
 BOUNDS: Mapping[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference of dW that rounding to a dtype explains, as a share of the largest value of dW."""
@@ -20,23 +20,37 @@ def check_change(meant: Delta, written: Delta, base: Base | None, dtype: torch.d
     """Raise `DeltaError` unless both deltas change the same tensors by the same dW, up to the rounding of `dtype`.
 
     The dense dW is compared for one patch of every kind, options and shape. Others of the same sort, which the same code
-    spells, are compared by their spelling, and by dW where that differs: dense, SDXL would take half a minute.
+    spells, are compared by their spelling, and by dW where that differs: dense, SDXL would take half a minute. Where dW
+    depends on a base that is not there, the spelling is all there is. What only one of them has must be a change of nothing.
     """
-    odd = sorted({*meant.patches} ^ {*written.patches})
+    ours, theirs = meant.patches, written.patches
+    odd = [name for name in sorted({*ours} ^ {*theirs}) if not _is_zero(ours.get(name) or theirs[name], base)]
     if odd:
         raise DeltaError(f"{len(odd)} changes are not the same in the written file ({listed(odd)})", expected="none lost")
     seen: set[tuple[object, ...]] = set()
-    for name, patch in meant.patches.items():
-        copy = written.patches[name]
+    for name, patch in ours.items():
+        copy = theirs.get(name)
+        if copy is None:
+            continue
         sort = (patch.kind, repr(patch.options), patch.site.op, patch.site.shape)
         bound = BOUNDS.get(dtype or _dtype(patch), 1e-5)
-        if sort not in seen or not _same_spelling(patch, copy, base, bound / 8):
+        first = sort not in seen and _is_known(patch, base)
+        if first or not _same_spelling(patch, copy, base, bound / 8):
             _check_dense(patch, copy, base, bound, dtype)
         seen.add(sort)
 
 
+def _is_known(patch: Patch, base: Base | None) -> bool:
+    """Say whether dW can be computed."""
+    return base is not None or patch.base_free
+
+
+def _is_zero(patch: Patch, base: Base | None) -> bool:
+    return _is_known(patch, base) and not bool(change(patch, base).any())
+
+
 def _check_dense(patch: Patch, copy: Patch, base: Base | None, bound: float, dtype: torch.dtype | None) -> None:
-    wanted, found = (_change(p, base) for p in (patch, copy))
+    wanted, found = (change(p, base).to("cpu", torch.float32) for p in (patch, copy))
     error, largest = float((wanted - found).abs().max()), float(wanted.abs().max())
     if not error <= bound * largest:
         raise DeltaError(
@@ -55,8 +69,7 @@ def _same_spelling(patch: Patch, copy: Patch, base: Base | None, bound: float) -
 
 
 def _spelled(patch: Patch, base: Base | None) -> dict[str, Tensor]:
-    packed = patch.pack(stand_in(patch, base_tensor(patch.site, base)))
-    packed = {name: tensor.detach().to("cpu", torch.float64) for name, tensor in packed.items()}
+    packed = {name: tensor.to("cpu", torch.float64) for name, tensor in pack(patch, base).items()}
     up, alpha = packed.get("lora_up.weight"), packed.get("alpha")
     if up is not None and alpha is not None:
         packed["lora_up.weight"] = up * (alpha / up.shape[1])
@@ -96,10 +109,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return False
     plain = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
     return torch.equal(*plain)
-
-
-def _change(patch: Patch, base: Base | None) -> Tensor:
-    return patch.change(stand_in(patch, base_tensor(patch.site, base))).detach().to("cpu", torch.float32)
 
 
 def _dtype(patch: Patch) -> torch.dtype:

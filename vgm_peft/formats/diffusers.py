@@ -1,8 +1,9 @@
-"""The spelling of diffusers and peft: `unet.<path>.lora_A.weight`, `text_encoder.<path>.lora_B.weight`. LoRA only.
+"""The spelling of diffusers and peft: `unet.<path>.lora_A.weight`, `text_encoder.<path>.lora_B.weight`. LoRA and DoRA only.
 
 Written without alpha: the scale is folded into `lora_B`, since tools disagree on where this spelling keeps it. Ranks that
 differ within a part are filled up with zeros to the highest, because older versions apply the first rank's scale to all.
-Text encoders are spelled with `text_model.`, which every version of transformers reads.
+Text encoders are spelled with `text_model.`, which every version of transformers reads. A DoRA has `lora_magnitude_vector`
+beside, one value for every output, of a convolution (1, O, 1, 1); where one layer of a part has it, peft gives it to all.
 
 Read are the new spelling, with alphas in the `lora_adapter_metadata` of the file, and the older ones: `.lora.down.weight`,
 `.lora_linear_layer.down.weight`, and `.processor.to_q_lora.down.weight` with or without the part in front.
@@ -10,13 +11,14 @@ Read are the new spelling, with alphas in the `lora_adapter_metadata` of the fil
 
 import json
 import re
+from collections.abc import Sequence
 from math import sqrt
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from vgm_peft.delta import Delta
+from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import DeltaError
 from vgm_peft.family import Base
 from vgm_peft.formats import embedding
@@ -30,12 +32,13 @@ from vgm_peft.site import WRAPPER
 CLIP_BODY = ("encoder.layers.", "embeddings.", "final_layer_norm")
 """What is inside `text_model.` in CLIP text encoders; the projection is outside."""
 ADAPTER = "lora_adapter_metadata"
-UP, DOWN, ALPHA = "lora_up.weight", "lora_down.weight", "alpha"
+UP, DOWN, ALPHA, MAGNITUDE = "lora_up.weight", "lora_down.weight", "alpha", "dora_scale"
 
 _NAME = re.compile(
     r"(?P<module>.+?)(?:"
     r"\.lora_(?P<letter>[AB])(?:\.\w+)?\.weight"
     r"|(?:\.lora|\.lora_linear_layer|_lora)\.(?P<word>up|down)\.weight"
+    r"|\.lora_(?P<magnitude>magnitude_vector)(?:\.\w+){0,2}"
     r"|(?:\.lora|\.lora_linear_layer|_lora)?\.alpha)"
 )
 
@@ -57,14 +60,15 @@ def read(header: Header, base: Base | None = None) -> Delta:
     strange = [name for name in header.tensors if not _NAME.fullmatch(name)]
     if strange:
         raise DeltaError(
-            f"{where}: {len(strange)} tensors are not a LoRA's ({listed(strange)})", expected="lora_A and lora_B only"
+            f"{where}: {len(strange)} tensors are not a LoRA's ({listed(strange)})",
+            expected="lora_A, lora_B and lora_magnitude_vector only",
         )
     named: dict[str, Suffixes] = {}
     for name, tensor in read_tensors(header).items():
         module, suffix = _parse(name)
         if suffix in named.setdefault(module, {}):
             raise DeltaError(f"{where}: {shown(module)} has two tensors for {suffix}", expected="one")
-        named[module][suffix] = tensor
+        named[module][suffix] = tensor.flatten() if suffix == MAGNITUDE else tensor
     book = choose_book(named, find, base, where)
     scales = _Scales(header)
     groups: dict[Place, Suffixes] = {}
@@ -82,7 +86,8 @@ def _parse(name: str) -> tuple[str, str]:
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(name)
-    suffix = {"A": DOWN, "B": UP, "down": DOWN, "up": UP}.get(match["letter"] or match["word"] or "", ALPHA)
+    kinds = {"A": DOWN, "B": UP, "down": DOWN, "up": UP, "magnitude_vector": MAGNITUDE}
+    suffix = kinds.get(match["letter"] or match["word"] or match["magnitude"] or "", ALPHA)
     module = re.sub(r"\.processor\.to_out$", ".to_out.0", match["module"])
     return module.replace(".processor.", "."), suffix
 
@@ -146,7 +151,7 @@ def _without_filling(tensors: Suffixes) -> Suffixes:
         return tensors
     alpha = float(tensors.get(ALPHA, torch.tensor(0.0))) or float(len(down))
     kept = int(live.sum())
-    return {DOWN: down[live], UP: up[:, live], ALPHA: torch.tensor(alpha * kept / len(down))}
+    return {**tensors, DOWN: down[live], UP: up[:, live], ALPHA: torch.tensor(alpha * kept / len(down))}
 
 
 def spell(delta: Delta, base: Base | None = None, dtype: torch.dtype | None = None) -> dict[str, Parcel]:
@@ -155,25 +160,43 @@ def spell(delta: Delta, base: Base | None = None, dtype: torch.dtype | None = No
     if not delta.patches:
         return embedding.alone(words)
     packed = pack_all(delta, base)
-    other = [patch for patch, suffixes in zip(delta, packed, strict=True) if not {UP, DOWN} <= {*suffixes} <= {UP, DOWN, ALPHA}]
+    _check_place(delta, packed)
+    folded = [_folded(suffixes) for suffixes in packed]
+    highest: dict[str, int] = {}
+    for patch, (down, _) in zip(delta, folded, strict=True):
+        highest[patch.site.part] = max(highest.get(patch.site.part, 0), len(down))
+    tensors: dict[str, Tensor] = {}
+    for patch, suffixes, pair in zip(delta, packed, folded, strict=True):
+        site = patch.site
+        prefix = f"{site.part}.{WRAPPER if site.module.startswith(CLIP_BODY) else ''}{site.module}"
+        down, up = _filled(*pair, highest[site.part])
+        tensors |= {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
+        if MAGNITUDE in suffixes:
+            vector = suffixes[MAGNITUDE].flatten()
+            kernel = [1] * (len(site.shape) - 2)
+            tensors[f"{prefix}.lora_magnitude_vector"] = vector.view(1, -1, *kernel) if kernel else vector
+    metadata = {key: text for key, text in delta.metadata.items() if key.startswith("modelspec.")}
+    return {"": Parcel(convert(tensors, dtype), {**metadata, "format": "pt"}), **words}
+
+
+def _check_place(delta: Delta, packed: Sequence[Suffixes]) -> None:
+    """Raise `DeltaError` for what diffusers' loader would drop or change."""
+    other: list[Patch] = []
+    scaled: dict[str, set[bool]] = {}
+    for patch, suffixes in zip(delta, packed, strict=True):
+        by_output = MAGNITUDE not in suffixes or suffixes[MAGNITUDE].shape[:2] == (patch.site.rows, 1)
+        if not by_output or not {UP, DOWN} <= {*suffixes} <= {UP, DOWN, ALPHA, MAGNITUDE}:
+            other.append(patch)
+        scaled.setdefault(patch.site.part, set()).add(MAGNITUDE in suffixes)
     if other:
         raise DeltaError(
             f"diffusers' LoRA loader has no place for {', '.join(sorted({patch.kind for patch in other}))} "
             f"({len(other)} of {len(packed)} layers)",
             fix="write it as kohya for the UIs, or attach the native file to the pipeline with vgm_peft.attach",
         )
-    folded = [_folded(suffixes) for suffixes in packed]
-    highest: dict[str, int] = {}
-    for patch, (down, _) in zip(delta, folded, strict=True):
-        highest[patch.site.part] = max(highest.get(patch.site.part, 0), len(down))
-    tensors: dict[str, Tensor] = {}
-    for patch, pair in zip(delta, folded, strict=True):
-        site = patch.site
-        inner = WRAPPER + site.module if site.module.startswith(CLIP_BODY) else site.module
-        down, up = _filled(*pair, highest[site.part])
-        tensors |= {f"{site.part}.{inner}.lora_A.weight": down, f"{site.part}.{inner}.lora_B.weight": up}
-    metadata = {key: text for key, text in delta.metadata.items() if key.startswith("modelspec.")}
-    return {"": Parcel(convert(tensors, dtype), {**metadata, "format": "pt"}), **words}
+    for part, kinds in scaled.items():
+        if len(kinds) > 1:
+            raise DeltaError(f"{part}: some layers are DoRAs and some are not", expected="all or none, as peft has it")
 
 
 def _folded(suffixes: Suffixes) -> tuple[Tensor, Tensor]:
@@ -193,4 +216,4 @@ def _filled(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     )
 
 
-FORMAT = Format("diffusers", "diffusers and peft: LoRA", recognises, read, spell)
+FORMAT = Format("diffusers", "diffusers and peft: LoRA and DoRA", recognises, read, spell)

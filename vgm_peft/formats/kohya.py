@@ -5,10 +5,16 @@ dots are lost, so names are looked up in the family's key table and never guesse
 block names (`input_blocks_4_1`), the one spelling no loader stumbles over. `alpha` is always written, such that alpha / rank
 is the scale: a missing one would be read as 1 by some and as the rank by others (here as the rank, as kohya does). Within a
 part all alphas are made the same, since diffusers loses those that differ.
+
+A normalisation is spelled by `w_norm` and `b_norm`, always both, because A1111 and SD.Next refuse one alone and nobody reads
+`b_norm` alone: what a delta does not change is filled in with zeros. When read, a half of zeros beside one that is not is
+taken for such filling and dropped. The bias of any other layer is `diff_b`; alone on its layer it is read by ComfyUI and Forge
+only, and A1111 and InvokeAI refuse the file.
 """
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,8 +31,19 @@ from vgm_peft.formats.vocabulary import Suffixes, convert, pack_all, rank_of
 
 PREFIXES = ("lora_unet_", "lora_te")
 UP, ALPHA = "lora_up.weight", "alpha"
-ALGORITHMS = {"lokr_": "lokr", "hada_": "loha", "oft_": "diag-oft", "diff": "full", "w_norm": "full"}
-"""How suffixes begin -> LyCORIS' word for the kind."""
+DORA, ROTATION = "dora_scale", "oft_blocks"
+NORM = {"diff": "w_norm", "w_norm": "w_norm", "diff_b": "b_norm"}
+"""What a change of a normalisation is called as one of any layer -> its own name."""
+ALGORITHMS = {
+    "hada_w1_b": "loha",
+    "lokr_w1": "lokr",
+    "lokr_w1_a": "lokr",
+    "b1.weight": "glora",
+    "on_input": "ia3",
+    "diff": "full",
+    "diff_b": "full",
+}
+"""A suffix by which a kind other than LoRA is known -> LyCORIS' word for it."""
 
 PUBLIC = frozenset(
     ("ss_output_name", "ss_resolution", "ss_clip_skip", "ss_seed", "ss_steps", "ss_num_train_images", "ss_learning_rate")
@@ -52,8 +69,15 @@ def read(header: Header, base: Base | None = None) -> Delta:
         place = book.spelled[name]
         if place in groups:
             raise DeltaError(f"{where}: {'.'.join(place)} is there in two spellings, {listed([name])} is the second")
-        groups[place] = tensors
+        groups[place] = _without_filling(tensors)
     return assemble(book, groups, where, header.metadata)
+
+
+def _without_filling(tensors: Suffixes) -> Suffixes:
+    """Drop the half of a normalisation's change that is there for the other's sake."""
+    halves = [name for name in NORM.values() if name in tensors]
+    live = {name for name in halves if bool(tensors[name].any())}
+    return {name: tensor for name, tensor in tensors.items() if not live or name in live or name not in halves}
 
 
 def _look_up(book: Book, name: str) -> Place | None:
@@ -71,11 +95,25 @@ def spell(delta: Delta, base: Base | None = None, dtype: torch.dtype | None = No
     missing = [patch.site.name for patch in delta if (patch.site.part, patch.site.module) not in book.written]
     if missing:
         raise DeltaError(f"{len(missing)} sites have no name in {delta.family} for other tools ({listed(missing)})")
-    for patch, suffixes in zip(delta, packed, strict=True):
-        prefix = book.written[patch.site.part, patch.site.module]
-        tensors |= {f"{prefix}.{suffix}": tensor for suffix, tensor in suffixes.items()}
+    modules = _by_module(delta, packed, book)
+    for place, suffixes in modules.items():
+        tensors |= {f"{book.written[place]}.{suffix}": tensor for suffix, tensor in suffixes.items()}
     tensors = convert(tensors, dtype)
-    return {"": Parcel(tensors, _metadata(delta, base, book, packed, tensors)), **words}
+    return {"": Parcel(tensors, _metadata(delta, base, book, list(modules.values()), tensors)), **words}
+
+
+def _by_module(delta: Delta, packed: Sequence[Suffixes], book: Book) -> dict[Place, Suffixes]:
+    """Put what changes a module's weight and bias together, and give normalisations their names and both halves."""
+    modules: dict[Place, Suffixes] = {}
+    for patch, suffixes in zip(delta, packed, strict=True):
+        modules.setdefault((patch.site.part, patch.site.module), {}).update(suffixes)
+    for place, suffixes in modules.items():
+        if book.is_norm(place):
+            named = {NORM.get(suffix, suffix): tensor for suffix, tensor in suffixes.items()}
+            some = next(iter(named.values()))
+            missing = {NORM[name] for name, tensor in (("diff", "weight"), ("diff_b", "bias")) if tensor in book.sites[place]}
+            modules[place] = {**dict.fromkeys(sorted(missing), torch.zeros_like(some)), **named}
+    return modules
 
 
 def _one_alpha_a_part(delta: Delta, packed: list[Suffixes]) -> list[Suffixes]:
@@ -113,20 +151,33 @@ def _metadata(
     }
 
 
-def _network(packed: list[Suffixes]) -> dict[str, str]:
-    """Describe the kind of delta as kohya and LyCORIS do."""
-    ranks = {rank_of(suffixes) for suffixes in packed}
-    alphas = {float(suffixes["alpha"]) for suffixes in packed if "alpha" in suffixes}
-    kinds = {word for suffixes in packed for name in suffixes for start, word in ALGORITHMS.items() if name.startswith(start)}
-    rank = ranks.pop() if len(ranks) == 1 else "Dynamic"
+def _network(modules: Sequence[Suffixes]) -> dict[str, str]:
+    """Describe the kind of delta as kohya and LyCORIS do: by the commonest that kohya's own code cannot read."""
+    ranks = {rank for suffixes in modules if (rank := rank_of(suffixes)) is not None}
+    alphas = {float(suffixes[ALPHA]) for suffixes in modules if ALPHA in suffixes}
+    kinds = Counter(word for suffixes in modules if (word := _algorithm(suffixes)) is not None)
     out = {
-        "ss_network_module": "lycoris.kohya" if kinds else "networks.lora",
-        "ss_network_dim": "1" if rank is None else str(rank),  # factors in full have no rank; 1 and alpha 1 make the scale 1
-        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic" if ranks else "1",  # 1: what has no rank
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic" if alphas else "1.0",
     }
-    if kinds:
-        out["ss_network_args"] = json.dumps({"algo": min(kinds)})
-    return out
+    scales = [suffixes[DORA] for suffixes in modules if DORA in suffixes]
+    lowrank = any(UP in suffixes for suffixes in modules)
+    args = {"algo": max(sorted(kinds), key=kinds.__getitem__, default="locon" if lowrank else "full")}
+    if scales:
+        args |= {"dora_wd": "True", "wd_on_output": str(scales[0].shape[1] == 1)}
+    if any("w_norm" in suffixes for suffixes in modules):
+        args["train_norm"] = "True"
+    if args == {"algo": "locon"}:
+        return {**out, "ss_network_module": "networks.lora"}
+    return {**out, "ss_network_args": json.dumps(args)}
+
+
+def _algorithm(suffixes: Suffixes) -> str | None:
+    """Return LyCORIS' word for a module's kind; None for a LoRA, and for a normalisation, which has none of its own."""
+    if ROTATION in suffixes:
+        return "boft" if suffixes[ROTATION].dim() == 4 else "diag-oft"
+    return next((word for name, word in ALGORITHMS.items() if name in suffixes), None)
 
 
 FORMAT = Format(

@@ -12,7 +12,7 @@ from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import DeltaError
 from vgm_peft.formats import file_of, open_header, read, sniff
 from vgm_peft.formats.canonical import DTYPES
-from vgm_peft.formats.vocabulary import stand_in
+from vgm_peft.formats.vocabulary import change
 
 Plain = str | int | float | bool | None
 
@@ -94,7 +94,7 @@ def summarise(path: str | PathLike[str]) -> Summary:
 @torch.no_grad()
 def _norms(delta: Delta) -> Norms | None:
     try:
-        norms = {name: float(patch.change(stand_in(patch, None)).norm()) for name, patch in delta.patches.items()}
+        norms = {name: float(change(patch, None).norm()) for name, patch in delta.patches.items()}
     except DeltaError:
         return None
     if not norms:

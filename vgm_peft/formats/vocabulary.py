@@ -23,6 +23,9 @@ Suffixes = dict[str, Tensor]
 BIAS_SUFFIXES = frozenset(("diff_b", "b_norm"))
 """Suffixes that change the module's bias; all others change its weight."""
 
+RANK_AXES = {"lora_down.weight": 0, "hada_w1_b": 0, "lokr_w2_b": 0, "b1.weight": 1, "oft_blocks": -1}
+"""Tensor of a module -> which of its axes is as long as the rank that other tools tell."""
+
 
 def shape_of(tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     """Return the shape of the tensor that one module's tensors change, or None when they alone do not tell."""
@@ -33,6 +36,9 @@ def shape_of(tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     if up is not None and down is not None and up.dim() > 1 and down.dim() > 1:
         kernel = tensors["lora_mid.weight"] if "lora_mid.weight" in tensors else down
         return (up.shape[0], down.shape[1], *kernel.shape[2:])
+    up, down = tensors.get("b1.weight"), tensors.get("b2.weight")
+    if up is not None and down is not None and up.dim() > 1 and down.dim() > 1:
+        return (up.shape[0], *down.shape[1:])
     return _kronecker_shape(tensors)
 
 
@@ -76,9 +82,19 @@ def pack_all(delta: Delta, base: Base | None) -> list[Suffixes]:
                 f"{patch.site}: {patch.kind} changes with the timestep, which only our own format can say",
                 fix="keep the native file and attach it live",
             )
-        tensors = patch.pack(stand_in(patch, base_tensor(patch.site, base)))
-        packed.append({suffix: tensor.detach() for suffix, tensor in tensors.items()})
+        packed.append(pack(patch, base))
     return packed
+
+
+def pack(patch: Patch, base: Base | None) -> Suffixes:
+    """Spell one patch. Raises `DeltaError` when it takes the base's weights to do so and there is none."""
+    tensors = patch.pack(_stand_in(patch, base, patch.base_free or patch.packs_alone))
+    return {suffix: tensor.detach() for suffix, tensor in tensors.items()}
+
+
+def change(patch: Patch, base: Base | None) -> Tensor:
+    """Return the dense dW of a patch. Raises `DeltaError` when it depends on the base's weights and there is none."""
+    return patch.change(_stand_in(patch, base, patch.base_free)).detach()
 
 
 def convert(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -95,17 +111,12 @@ def convert(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[st
     return out
 
 
-def base_tensor(site: Site, base: Base | None) -> Tensor | None:
-    """Return the base's own tensor at a site. Raises `DeltaError` when the base has none such."""
-    return None if base is None else getattr(locate(base.parts, site), site.tensor).detach()
-
-
-def stand_in(patch: Patch, base: Tensor | None) -> Tensor:
-    """Return the base tensor on the patch's device, or zeros without memory where the patch reads nothing but the shape."""
+def _stand_in(patch: Patch, base: Base | None, free: bool) -> Tensor:
+    """Return the base tensor on the patch's device, or zeros without memory where nothing but the shape is read (`free`)."""
     device = next((p.device for p in patch.parameters()), torch.device("cpu"))
     if base is not None:
-        return base.to(device)
-    if not patch.base_free:
+        return getattr(locate(base.parts, patch.site), patch.site.tensor).detach().to(device)
+    if not free:
         raise DeltaError(
             f"{patch.site}: a change by {patch.kind} depends on the base's own weights", fix="name the base with --base"
         )
@@ -113,6 +124,8 @@ def stand_in(patch: Patch, base: Tensor | None) -> Tensor:
 
 
 def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
-    """Return the rank at which a low-rank module is stored, None for other kinds."""
-    down = tensors.get("lora_down.weight")
-    return None if down is None else down.shape[0]
+    """Return the rank at which a low-rank module is stored, or the size of a rotation's blocks; None for other kinds."""
+    for suffix, axis in RANK_AXES.items():
+        if suffix in tensors:
+            return tensors[suffix].shape[axis]
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -103,6 +104,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    # Before torch: threads that wait by spinning cost a factor of a hundred as soon as another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = _parser(given[0] if given else None).parse_args(given)
     run = {"render": _render, "train-oracles": _train_oracles, "train-base": _train_base, "evaluate": _evaluate}

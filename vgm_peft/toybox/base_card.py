@@ -30,7 +30,7 @@ def machine(device: str) -> str:
 def stage_facts(settings: BaseSettings) -> dict[str, Facts]:
     """Steps and seconds of each stage that left a state."""
     found: dict[str, Facts] = {}
-    for stage in ("vae", "unet", "decoder"):
+    for stage in ("vae", "sharpen", "unet", "decoder"):
         state = settings.work / f"{stage}.safetensors"
         if state.exists():
             found[stage] = load_state(state)[1]
@@ -116,6 +116,7 @@ anything. It knows ten toys, eight colours, four materials, six backgrounds, thr
 
 ```python
 from diffusers import StableDiffusionPipeline
+
 pipe = StableDiffusionPipeline.from_pretrained("assets/toybox")
 pipe("a red robot on grass, on the left", num_inference_steps=25, guidance_scale=4.0).images[0]
 ```

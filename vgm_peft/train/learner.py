@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import nn
 
 from vgm_peft.attachment import Attachment
@@ -33,6 +34,7 @@ class Learner:
     base: Base
     rates: Mapping[str, float]
     """Site name -> learning rate as a multiple of the run's."""
+    attachment: Attachment | None = None
 
     @classmethod
     def fit(cls, setup: Setup) -> "Learner":
@@ -51,7 +53,22 @@ class Learner:
 
     def attach(self, setup: Setup) -> None:
         """Put the delta on the base until the run is over; what is cached of the untouched base must come before."""
-        setup.cleanup.callback(Attachment(self.base.parts, self.delta).remove)
+        self.attachment = Attachment(self.base.parts, self.delta)
+        setup.cleanup.callback(self.attachment.remove)
+
+    @contextmanager
+    def untouched(self) -> Generator[None]:
+        """Let the base answer as it did before the run, without gradients."""
+        attachment = self.attachment
+        if attachment is None:
+            yield
+            return
+        attachment.strength = 0.0
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            attachment.strength = 1.0
 
     @property
     def trains_text(self) -> bool:

@@ -18,6 +18,8 @@ from vgm_peft.train.task import Turn
 
 Side = Callable[[Query], Residuals]
 """What a side network adds, given the question that the denoiser gets."""
+Teacher = Callable[[Query, Tensor], Tensor]
+"""What the network should answer, given the question and the usual target: for those that are to answer as another does."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Objective:
         turn: Turn,
         side: Side | None = None,
         purpose: str = "noise",
+        teacher: Teacher | None = None,
     ) -> Tensor:
         """Return the weighted loss of each picture, (B,) float32, for latents `x0` (B, C, H, W) and B conditions.
 
@@ -57,6 +60,8 @@ class Objective:
         query = Query(self.process.corrupt(x0, noise, t), t, condition, sizes)
         prediction = self.base.family.predict(self.base, query, None if side is None else side(query))
         target = self.process.target(x0, noise, t)
+        if teacher is not None:
+            target = teacher(query, target)
         error = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
         return error if self.config.min_snr is None else error * self.process.weight(t, self.config.min_snr)
 

@@ -45,7 +45,7 @@ def resolve(flags: Table, recipe: Path | None = None) -> Resolved:
     """
     if recipe is not None:
         layer = read_recipe(recipe)
-        return Resolved(bind(merge(layer, flags)), recipe)
+        return Resolved(bind(laid_over(layer, flags)), recipe)
     if not isinstance(task := flags.get("task"), dict) or "name" not in task:
         raise ConfigError("no task is named", expected="vgm-train TASK, --recipe or --resume", fix=nearest("", _tasks()))
     asked = bind(flags)
@@ -90,7 +90,15 @@ def read_recipe(path: Path, _seen: tuple[Path, ...] = ()) -> Table:
         return layer
     if not isinstance(below, str):
         raise ConfigError(f"{path}: extends = {below!r}", expected="the file name of another recipe")
-    return merge(read_recipe(path.parent / below, (*_seen, path.resolve())), layer)
+    return laid_over(read_recipe(path.parent / below, (*_seen, path.resolve())), layer)
+
+
+def laid_over(below: Table, layer: Table) -> Table:
+    """Lay settings over others; a method takes nothing of `[delta]` from below that was said of another."""
+    old, new = below.get("delta"), layer.get("delta")
+    if isinstance(old, dict) and isinstance(new, dict) and "kind" in new and new["kind"] != old.get("kind", DeltaConfig().kind):
+        below = {key: value for key, value in below.items() if key != "delta"}
+    return merge(below, layer)
 
 
 def shipped_recipe(task: str, delta: DeltaConfig | None, bases: Sequence[str]) -> tuple[Path, bool] | None:

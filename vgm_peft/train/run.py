@@ -64,6 +64,8 @@ def train(config: RunConfig, *, resume: Path | None = None, base: Base | None = 
         if accelerator.is_main_process:
             cleanup.enter_context(claimed(folder, resume is not None))
         setup = Setup(config, _ready(config, base, accelerator, cleanup), Cache(), accelerator, cleanup)
+        if setup.device.type == "cpu" and config.compute.precision == "bf16":
+            setup.notice('bf16 is many times slower on most CPUs: --set compute.precision="no" there')
         with _main_first(accelerator):
             task = config.task_class().prepare(setup)
         desk = loop.set_up(task, setup, folder)

@@ -1,8 +1,10 @@
 """DreamBooth: a particular subject from a few pictures, bound to a rare word, without spoiling its class.
 
 Ruiz et al. 2022, arXiv 2208.12242, eq. 2: the loss on the subject's pictures under "a [token] class", plus lambda times
-the loss on pictures of the class that the untouched base drew under "a class". Here those class pictures are kept as the
-latents they were sampled as; they never go through the VAE, and the cache has them for the next run.
+the loss on pictures of the class that the untouched base drew under "a class". Unless the paper's own form is asked for,
+their target is what the untouched base predicts for them: of what should stay as it is, that is the exact measure. Those
+class pictures are kept as the latents they were sampled as; they never go through the VAE, and the cache has them for the
+next run.
 """
 
 import re
@@ -11,18 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from vgm_peft.data import Example, Report, scan
 from vgm_peft.errors import DataError
-from vgm_peft.family import Condition
+from vgm_peft.family import Condition, Query
 from vgm_peft.train.config import within
 from vgm_peft.train.learner import Learner
 from vgm_peft.train.manifest import digest_of_examples
-from vgm_peft.train.objective import Objective
+from vgm_peft.train.objective import Objective, Teacher
 from vgm_peft.train.pictures import Pictures, Prompts, Shown
 from vgm_peft.train.prior import ClassPictures, ClassPlan
 from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
@@ -45,6 +47,9 @@ class DreamBoothOptions:
     """Lambda: what the class pictures weigh against the subject's; 0 is none of them (it saves half of each step)."""
     class_images: int = 100
     """How many class pictures the base draws: by the pictures' own captions without the token, or else by the class prompt."""
+    prior: Literal["pictures", "base"] = "base"
+    """What the class pictures teach: `pictures` what they show (eq. 2), `base` to be predicted as the untouched base does:
+    nothing drifts then, even when they are few or bad, for half a forward more."""
     class_batch: int = 0
     """Class pictures per micro-batch; 0 is as many as `data.batch`."""
     class_steps: int = 25
@@ -93,6 +98,8 @@ class DreamBooth(Task[Both]):
     pictures: Pictures
     kind: ClassPictures | None
     prompts: Prompts
+    untouched: Prompts
+    """The class prompts as the untouched base reads them."""
     objective: Objective
 
     @classmethod
@@ -106,9 +113,10 @@ class DreamBooth(Task[Both]):
         if not options.class_prompt and options.prior_weight:
             setup.notice("no --class-prompt: nothing keeps the base from taking everything of that kind for this subject")
         prompts = Prompts([*pictures.captions(), *(plan.prompts if kind else ())], setup, live=learner.trains_text)
+        untouched = Prompts(plan.prompts if kind and options.prior == "base" else (), setup, live=False)
         learner.attach(setup)
         setup.rest(prompts.live)
-        return cls(options, learner, pictures, kind, prompts, Objective.of(setup.base, setup.config.loss))
+        return cls(options, learner, pictures, kind, prompts, untouched, Objective.of(setup.base, setup.config.loss))
 
     def groups(self) -> list[Group]:
         """The delta's parameters."""
@@ -123,15 +131,32 @@ class DreamBooth(Task[Both]):
         subject = batch.subject
         if batch.kind is None or self.kind is None:
             return self.objective.losses(subject.x0, self.prompts(subject.captions), subject.sizes, turn).mean()
-        kind, prior = batch.kind[0], self.prompts(batch.kind[1])
+        (kind, texts), count = batch.kind, len(subject)
+        prior, teacher = self.prompts(texts), self._teacher(texts)
         if kind.shape[1:] != subject.x0.shape[1:]:
             ours = self.objective.losses(subject.x0, self.prompts(subject.captions), subject.sizes, turn)
-            theirs = self.objective.losses(kind, prior, self.kind.sizes(len(kind)), turn, purpose="class noise")
+            theirs = self.objective.losses(kind, prior, self.kind.sizes(len(kind)), turn, None, "class noise", teacher)
         else:
             x0, sizes = torch.cat([subject.x0, kind]), torch.cat([subject.sizes, self.kind.sizes(len(kind))])
-            both = self.objective.losses(x0, Condition.cat([self.prompts(subject.captions), prior]), sizes, turn)
-            ours, theirs = both[: len(subject)], both[len(subject) :]
+            condition = Condition.cat([self.prompts(subject.captions), prior])
+            both = self.objective.losses(x0, condition, sizes, turn, teacher=teacher)
+            ours, theirs = both[:count], both[count:]
         return ours.mean() + self.options.prior_weight * theirs.mean()
+
+    def _teacher(self, texts: list[str]) -> Teacher | None:
+        """What the untouched base answers for the class pictures, which are the last of a question."""
+        if self.options.prior == "pictures":
+            return None
+
+        def answer(query: Query, target: Tensor) -> Tensor:
+            first = len(target) - len(texts)
+            sizes = None if query.sizes is None else query.sizes[first:]
+            asked = Query(query.noisy[first:], query.t[first:], self.untouched(texts), sizes)
+            with self.learner.untouched():
+                kept = self.objective.base.family.predict(self.objective.base, asked)
+            return torch.cat([target[:first], kept.to(target.dtype)])
+
+        return answer
 
     def save(self, folder: Path) -> Path:
         """Write the delta and its exports."""
