@@ -14,7 +14,7 @@ from torch import Tensor
 from vgm_peft.errors import BaseModelError, ConfigError, VgmError
 from vgm_peft.families import TABLE, family_named, family_of
 from vgm_peft.family import Base, Condition, Family, Query
-from vgm_peft.site import choose, locate
+from vgm_peft.site import Op, choose, locate
 
 PROMPTS = ["a photo of a robot on grass", "", "ein Häuschen, 日本 " + "very " * 90]
 FULL = {
@@ -110,7 +110,14 @@ def test_family_of_names_what_it_found() -> None:
 
 
 def test_presets_choose_what_they_say(family: Family, base: Base) -> None:
-    sizes = {name: len(choose(base.sites, [name], family.presets)) for name in family.presets}
+    every: tuple[Op, ...] = ("linear", "conv", "norm", "bias", "embedding")
+    chosen = {name: choose(base.sites, [name], family.presets, every) for name in family.presets}
+    sizes = {name: len(sites) for name, sites in chosen.items()}
+    ours = [s for s in base.sites if s.part == family.denoiser]
+    assert set(chosen["weights"]) == {s for s in ours if s.op in ("linear", "conv", "embedding")}
+    assert set(chosen["biases"]) == {s for s in ours if s.op == "bias"}
+    norms = {s.module for s in ours if s.op == "norm"}
+    assert set(chosen["norms"]) == {s for s in ours if s.module in norms}
     assert sizes["attention"] == sizes["self-attention"] + sizes["cross-attention"]
     assert sizes["attention"] < sizes["attention+mlp"] < sizes["all"]
     for site in choose(base.sites, ["attention"], family.presets):

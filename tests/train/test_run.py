@@ -236,3 +236,17 @@ def test_the_callers_chance_is_left_alone(config: Make) -> None:
     torch.manual_seed(5)
     train(config("dreambooth", "run", {"steps": 1, "preview": {"count": 1}}), base=tiny_base("sd15"))
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_of_the_class_nothing_is_asked_but_to_stay(family: str, text: bool, config: Make) -> None:
+    """A fresh delta has nothing to unlearn: whatever the prior weighs, the first loss is the same; the paper's is not."""
+
+    def first(prior: str, weight: float) -> float:
+        task: Table = {"prior": prior, "prior_weight": weight}
+        more: Table = {"steps": 2, "task": task, "delta": {"text": text}}
+        return _losses(train(config("dreambooth", f"{prior}-{weight}", more), base=tiny_base(family)).folder)[0][1]
+
+    assert first("base", 1.0) == pytest.approx(first("base", 1000.0), rel=1e-4)
+    assert first("pictures", 1000.0) > 100 * first("pictures", 1.0)

@@ -174,7 +174,7 @@ def spell(delta: Delta, base: Base | None = None, dtype: torch.dtype | None = No
         if MAGNITUDE in suffixes:
             vector = suffixes[MAGNITUDE].flatten()
             kernel = [1] * (len(site.shape) - 2)
-            tensors[f"{prefix}.lora_magnitude_vector"] = vector.view(1, -1, *kernel) if kernel else vector
+            tensors[f"{prefix}.lora_magnitude_vector.weight"] = vector.view(1, -1, *kernel) if kernel else vector
     metadata = {key: text for key, text in delta.metadata.items() if key.startswith("modelspec.")}
     return {"": Parcel(convert(tensors, dtype), {**metadata, "format": "pt"}), **words}
 

@@ -46,7 +46,7 @@ class DreamBoothOptions:
     prior_weight: float = 1.0
     """Lambda: what the class pictures weigh against the subject's; 0 is none of them (it saves half of each step)."""
     class_images: int = 100
-    """How many class pictures the base draws: by the pictures' own captions without the token, or else by the class prompt."""
+    """How many class pictures the base draws: by the class prompt and, where there are any, the captions without the token."""
     prior: Literal["pictures", "base"] = "base"
     """What the class pictures teach: `pictures` what they show (eq. 2), `base` to be predicted as the untouched base does:
     nothing drifts then, even when they are few or bad, for half a forward more."""
@@ -68,8 +68,8 @@ class DreamBoothOptions:
         return self.prompt or with_token(self.class_prompt, self.token)
 
     def plan(self, prompts: Sequence[str], batch: int) -> ClassPlan:
-        """How the class is drawn: by `prompts` in turn, or by the class prompt; `batch` is the subject's pictures per turn."""
-        texts, batch = tuple(prompts) or (self.class_prompt,), self.class_batch or batch
+        """How the class is drawn: by `prompts` and the class prompt in turn; `batch` is the subject's pictures per turn."""
+        texts, batch = tuple(dict.fromkeys((*prompts, self.class_prompt))), self.class_batch or batch
         return ClassPlan(texts, self.class_images, batch, self.class_steps, self.class_guidance)
 
     @property
