@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vgm_peft.delta import Delta
 from vgm_peft.errors import BaseModelError, ConfigError
-from vgm_peft.family import Base
+from vgm_peft.family import Base, fitting_threads
 from vgm_peft.picture import Picture
 from vgm_peft.stack.recipe import SCHEDULERS, Stack
 from vgm_peft.stack.runtime import Applied
@@ -81,7 +81,7 @@ def draw(applied: Applied, record: Stack, on_step: OnStep | None = None) -> Iter
         "output_type": "np",
         **applied.arguments,
     }
-    with _dressed(applied.pipe, scheduler_for(base, stack.scheduler)):
+    with fitting_threads(base.denoiser), _dressed(applied.pipe, scheduler_for(base, stack.scheduler)):
         for i in range(stack.count):
             watch = _Watch(base, on_step, i + 1, stack.count, stack.steps)
             generator = torch.Generator("cpu").manual_seed(stack.seed + i)

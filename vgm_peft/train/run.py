@@ -11,7 +11,7 @@ from torch import nn
 
 from vgm_peft.data import Cache
 from vgm_peft.errors import ConfigError
-from vgm_peft.family import Base
+from vgm_peft.family import Base, fitting_threads
 from vgm_peft.train import loop
 from vgm_peft.train.checkpoint import restore
 from vgm_peft.train.config import RunConfig, table
@@ -64,6 +64,7 @@ def train(config: RunConfig, *, resume: Path | None = None, base: Base | None = 
         if accelerator.is_main_process:
             cleanup.enter_context(claimed(folder, resume is not None))
         setup = Setup(config, _ready(config, base, accelerator, cleanup), Cache(), accelerator, cleanup)
+        cleanup.enter_context(fitting_threads(setup.base.denoiser))
         if setup.device.type == "cpu" and config.compute.precision == "bf16":
             setup.notice('bf16 is many times slower on most CPUs: --set compute.precision="no" there')
         with _main_first(accelerator):
