@@ -1,6 +1,7 @@
 """`vgm-bench methods` on the embedded base, with two steps in place of hundreds: records, resuming, sheets, slips."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_what_is_done_is_kept_and_what_was_interrupted_is_made_again(
 def test_records_of_other_settings_are_not_taken_for_these(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(compared, "lora,ia3", "--set", "optimiser.lr=1e-3") == 2
     error = capsys.readouterr().err
-    assert "optimiser.lr = 0.006, and 0.001" in error and error.count("\n") == 1
+    assert re.search(r"optimiser\.lr = [\d.]+, and 0\.001 is asked", error) and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,11 @@ def _is_zero(patch: Patch, base: Base | None) -> bool:
 
 def _check_dense(patch: Patch, copy: Patch, base: Base | None, bound: float, dtype: torch.dtype | None) -> None:
     wanted, found = (change(p, base).to("cpu", torch.float32) for p in (patch, copy))
+    if wanted.shape != found.shape:
+        raise DeltaError(
+            f"{patch.site}: this spelling of {patch.kind} does not tell the layer's shape: it reads as {tuple(found.shape)}",
+            fix="name the base with --base",
+        )
     error, largest = float((wanted - found).abs().max()), float(wanted.abs().max())
     if not error <= bound * largest:
         raise DeltaError(
