@@ -55,7 +55,7 @@ class Socket:
         if weighing and not feeding:
             self.done = frozenset(patch for patch, _ in weighing)
             for name in sorted({patch.site.tensor for patch, _ in weighing}):
-                tensor = cast(Tensor, getattr(layer, name)).detach()
+                tensor = cast(Tensor, getattr(layer, name))
                 for patch, strength in weighing:
                     if patch.site.tensor == name:
                         tensor = torch.add(tensor, patch.change(self.base(patch)).to(tensor.dtype), alpha=strength)
@@ -73,8 +73,7 @@ class Socket:
         done = self._exit()
         if output is None:
             return None
-        if x.device != self.device:
-            self._follow(x.device)
+        self._follow(x.device)
         plain = output if not done and not self.originals else None
         for patch, owner in self.live:
             strength = owner.strength_of(patch.site)
@@ -103,9 +102,11 @@ class Socket:
         return tensor if patch.base_free else tensor.detach().to(self.device)
 
     def _follow(self, device: torch.device) -> None:
-        for patch, _ in self.live:
-            patch.to(device)
-        self.device = device
+        """Move the patches to where the layer's input is, when that has changed."""
+        if device != self.device:
+            for patch, _ in self.live:
+                patch.to(device)
+            self.device = device
 
     def plug(self, patch: Patch, owner: "Attachment") -> None:
         """Make a patch live."""

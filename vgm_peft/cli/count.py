@@ -61,11 +61,9 @@ def count(method: "type[Patch]", shape: "Shape", sites: Sequence[str], settings:
     from vgm_peft.delta import Delta
     from vgm_peft.site import choose
 
-    unknown = settings.keys() - {f.name for f in fields(method.Options)}
-    if unknown:
-        raise ConfigError(
-            f'{method.kind} has no option "{min(unknown)}"', expected=", ".join(f.name for f in fields(method.Options))
-        )
+    known = [f.name for f in fields(method.Options)]
+    if unknown := settings.keys() - set(known):
+        raise ConfigError(f'{method.kind} has no option "{min(unknown)}"', expected=", ".join(known) or "none at all")
     options, patterns = build(method.Options, settings), tuple(sites) or method.where
     chosen = choose(shape.sites, patterns, shape.presets, method.ops)
     # One layer of each shape is made, on no device at all; the others are like it.

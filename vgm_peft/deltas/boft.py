@@ -22,12 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from vgm_peft.delta import Call, Patch, along_outputs
-from vgm_peft.deltas.rotation import cayley, limited, skew, triangle, turn
+from vgm_peft.deltas.rotation import bound_of, cayley, limited, skew, spelled, triangle, turn
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Site
 
-UNBOUND = 1000.0
-"""An alpha that clamps nothing in any tool."""
 WIDE = 64
 """Size up to which factors are multiplied together: beyond it the wider blocks cost more than the passes they save."""
 
@@ -140,10 +138,7 @@ class Boft(Patch):
 
     def pack(self, base: Tensor) -> dict[str, Tensor]:
         """Return `oft_blocks` = Q / 2 with four axes, an `alpha` that clamps nothing, and `rescale`."""
-        tensors = {"oft_blocks": (self.q() / 2).detach().to(self.skew.dtype), "alpha": torch.tensor(UNBOUND)}
-        if self.options.rescale:
-            tensors["rescale"] = 1 + self.stretch.detach().view(-1, *[1] * (len(self.site.shape) - 1))
-        return tensors
+        return spelled(self.site, self.q().to(self.skew.dtype), self.stretch if self.options.rescale else None)
 
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
@@ -158,9 +153,7 @@ class Boft(Patch):
                 f"{site}: oft_blocks {'x'.join(map(str, blocks.shape))} does not rotate its weight",
                 fix="use the delta with the base it was trained on",
             )
-        alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0
-        bound = alpha if 0 < alpha < UNBOUND else None
-        patch = cls(site, BoftOptions(block=size, factors=factors, constraint=bound, rescale=rescale is not None))
+        patch = cls(site, BoftOptions(block=size, factors=factors, constraint=bound_of(tensors), rescale=rescale is not None))
         with torch.no_grad():
             patch.skew.copy_((blocks - blocks.mT).flatten(2)[..., triangle(size)])
             if rescale is not None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vgm_peft.delta import Call, Patch, seeded
-from vgm_peft.deltas.thin import add_product, add_wide, narrow
+from vgm_peft.deltas.thin import add_product, add_wide, check_scale, narrow
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Site
 
@@ -44,10 +44,7 @@ class GloraOptions:
     """Share of the layer's inputs hidden from `a2` and `b2` while training."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank = {self.rank}", expected="1 or more")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ConfigError(f"alpha = {self.alpha}", expected="above 0", fix="leave it out for alpha = rank")
+        check_scale(self.rank, self.alpha)
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout = {self.dropout}", expected="0 or more and below 1")
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from vgm_peft.delta import Call, Patch, seeded
-from vgm_peft.deltas.thin import add_wide, narrow, widen
-from vgm_peft.errors import ConfigError, DeltaError
+from vgm_peft.deltas.thin import add_wide, check_rank, check_scale, narrow, widen
+from vgm_peft.errors import DeltaError
 from vgm_peft.site import Site
 
 HALVES = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
@@ -43,10 +43,7 @@ class LohaOptions:
     """Keep the kernel of a convolution in a factor of its own (R, R, *kernel)."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank = {self.rank}", expected="1 or more")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ConfigError(f"alpha = {self.alpha}", expected="above 0")
+        check_scale(self.rank, self.alpha)
 
     @property
     def scale(self) -> float:
@@ -89,13 +86,7 @@ class Loha(Patch):
     @classmethod
     def check(cls, site: Site, options: LohaOptions) -> None:
         """Refuse a rank that no half of the layer's matrix can have."""
-        limit = min(site.rows, site.columns)
-        if options.rank > limit:
-            raise DeltaError(
-                f"{site}: rank {options.rank}",
-                expected=f"1 .. {limit}, the smaller side of its {site.rows}x{site.columns} matrix",
-                fix="lower the rank or leave the layer out of the targets",
-            )
+        check_rank(site, options.rank)
 
     def _halves(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return up (O, R) and down (R, I[, *kernel]) of both halves, the cores folded into the latter."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vgm_peft.delta import Call, Patch, seeded
-from vgm_peft.deltas.thin import add_wide, narrow, widen
+from vgm_peft.deltas.thin import add_wide, check_rank, check_scale, narrow, widen
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Op, Site
 
@@ -44,10 +44,7 @@ class LowRankOptions:
     """Share of the layer's inputs hidden from `down` while training."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank = {self.rank}", expected="1 or more")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ConfigError(f"alpha = {self.alpha}", expected="above 0", fix="leave it out for alpha = rank")
+        check_scale(self.rank, self.alpha)
         check_share("dropout", self.dropout)
 
     @property
@@ -99,13 +96,7 @@ class LowRank(Patch):
     @classmethod
     def check(cls, site: Site, options: LowRankOptions) -> None:
         """Refuse a rank that the layer's matrix cannot have."""
-        limit = min(site.rows, site.columns)
-        if options.rank > limit:
-            raise DeltaError(
-                f"{site}: rank {options.rank}",
-                expected=f"1 .. {limit}, the smaller side of its {site.rows}x{site.columns} matrix",
-                fix="lower the rank or leave the layer out of the targets",
-            )
+        check_rank(site, options.rank)
 
     def pair(self) -> Pair:
         """Return the factors that dW is the product of."""

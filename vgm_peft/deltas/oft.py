@@ -24,12 +24,10 @@ from torch import Tensor, nn
 
 from vgm_peft.delta import Call, Patch, along_outputs
 from vgm_peft.deltas.divisors import divisor
-from vgm_peft.deltas.rotation import block_of, cayley, limited, neumann, skew, triangle, turn
+from vgm_peft.deltas.rotation import block_of, bound_of, cayley, limited, neumann, skew, spelled, triangle, turn
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Site
 
-UNBOUND = 1000.0
-"""An alpha that clamps nothing in any tool (0 would be the identity in kohya's)."""
 PEFT_TERMS = 5
 """Terms of the series by which peft rotates unless told otherwise."""
 
@@ -141,10 +139,7 @@ class Oft(Patch):
         """Return `oft_blocks` = Q / 2, an `alpha` that clamps nothing and `rescale`; the input side and series densely."""
         if not self.packs_alone:
             return super().pack(base)
-        tensors = {"oft_blocks": (self.q() / 2).detach().to(self.skew.dtype), "alpha": torch.tensor(UNBOUND)}
-        if self.options.rescale:
-            tensors["rescale"] = 1 + self.stretch.detach().view(-1, *[1] * (len(self.site.shape) - 1))
-        return tensors
+        return spelled(self.site, self.q().to(self.skew.dtype), self.stretch if self.options.rescale else None)
 
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
@@ -158,9 +153,7 @@ class Oft(Patch):
         wrong = rescale is not None and rescale.numel() != site.rows
         if site.op not in cls.ops or size != other or size < 2 or count * size != site.rows or wrong:
             raise _misfit(site, "oft_blocks", blocks)
-        alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0
-        bound = alpha if 0 < alpha < UNBOUND else None
-        patch = cls(site, OftOptions(block=size, constraint=bound, rescale=rescale is not None))
+        patch = cls(site, OftOptions(block=size, constraint=bound_of(tensors), rescale=rescale is not None))
         with torch.no_grad():
             patch.skew.copy_((blocks - blocks.mT).flatten(1)[:, triangle(size)])
             if rescale is not None:

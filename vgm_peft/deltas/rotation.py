@@ -5,11 +5,14 @@ exactly zero where Q is and without cancellation near it. Only the upper triangl
 block, row by row. Letters: `K` blocks, `b` their size, `N` tokens, `C` channels = K * b.
 """
 
+from collections.abc import Mapping
 from math import isqrt, sqrt
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from vgm_peft.site import Site
 
 
 def triangle(block: int) -> Tensor:
@@ -87,3 +90,21 @@ def turn(y: Tensor, blocks: Tensor, dim: int) -> Tensor:
     if not y.is_contiguous() and y.movedim(1, -1).is_contiguous():  # channels last
         return turn(y.movedim(1, -1), blocks, -1).movedim(-1, 1)
     return torch.matmul(blocks.mT, y.reshape(len(y), count, size, -1)).view(y.shape)
+
+
+UNBOUND = 1000.0
+"""An alpha that clamps nothing in any tool (0 would be the identity in kohya's)."""
+
+
+def spelled(site: Site, q: Tensor, stretch: Tensor | None) -> dict[str, Tensor]:
+    """Return LyCORIS' spelling of rotated outputs: `oft_blocks` = Q / 2, an `alpha` that clamps nothing, and `rescale`."""
+    tensors = {"oft_blocks": (q / 2).detach(), "alpha": torch.tensor(UNBOUND)}
+    if stretch is not None:
+        tensors["rescale"] = 1 + stretch.detach().view(-1, *[1] * (len(site.shape) - 1))
+    return tensors
+
+
+def bound_of(tensors: Mapping[str, Tensor]) -> float | None:
+    """Return the constraint that a file's `alpha` means; None where it is missing, zero or clamps nothing."""
+    alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0
+    return alpha if 0 < alpha < UNBOUND else None

@@ -10,6 +10,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vgm_peft.delta import convolve
+from vgm_peft.errors import ConfigError, DeltaError
+from vgm_peft.site import Site
+
+
+def check_scale(rank: int, alpha: float | None) -> None:
+    """Raise `ConfigError` for a rank or an alpha that no change of low rank can have."""
+    if rank < 1:
+        raise ConfigError(f"rank = {rank}", expected="1 or more")
+    if alpha is not None and not alpha > 0:
+        raise ConfigError(f"alpha = {alpha}", expected="above 0", fix="leave it out for the method's own")
+
+
+def check_rank(site: Site, rank: int) -> None:
+    """Raise `DeltaError` for a rank that the layer's matrix cannot have."""
+    limit = min(site.rows, site.columns)
+    if rank > limit:
+        raise DeltaError(
+            f"{site}: rank {rank}",
+            expected=f"1 .. {limit}, the smaller side of its {site.rows}x{site.columns} matrix",
+            fix="lower the rank or leave the layer out of the targets",
+        )
 
 
 def narrow(x: Tensor, down: Tensor, layer: nn.Module) -> Tensor:

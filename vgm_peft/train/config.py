@@ -57,13 +57,15 @@ class DeltaConfig:
     options: Mapping[str, object] = field(default_factory=dict[str, object])
     """The method's own options, such as `rank`; written as further keys of `[delta]`."""
 
+    def __post_init__(self) -> None:
+        within("rate", 1.0 if self.rate is None else self.rate, 0.0, 1e9)
+
     def pieces(self) -> "list[DeltaConfig]":
         """The methods of the delta, each with its layers: this one, then those of `mix`."""
         patterns = (*(self.sites or self.method().where), *(("text",) if self.text else ()))
         for i, more in enumerate(self.mix):
             if misplaced := {"mix", "text"} & more.keys():
                 raise ConfigError(f'unknown setting "delta.mix[{i}].{min(misplaced)}"')
-        within("delta.rate", 1.0 if self.rate is None else self.rate, 0.0, 1e9)
         more = [build(DeltaConfig, _divided("delta", m), f"delta.mix[{i}].") for i, m in enumerate(self.mix)]
         return [replace(self, sites=patterns, mix=()), *(replace(m, sites=m.sites or m.method().where) for m in more)]
 

@@ -63,12 +63,12 @@ class Learner:
         if attachment is None:
             yield
             return
-        attachment.strength = 0.0
+        before, attachment.strength = attachment.strength, 0.0
         try:
             with torch.no_grad():
                 yield
         finally:
-            attachment.strength = 1.0
+            attachment.strength = before
 
     @property
     def trains_text(self) -> bool:

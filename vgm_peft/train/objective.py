@@ -58,10 +58,10 @@ class Objective:
             noise += self.config.noise_offset * torch.randn(*x0.shape[:2], 1, 1, generator=generator)
         noise, t = noise.to(x0.device), self.timesteps(len(x0), generator).to(x0.device)
         query = Query(self.process.corrupt(x0, noise, t), t, condition, sizes)
-        prediction = self.base.family.predict(self.base, query, None if side is None else side(query))
         target = self.process.target(x0, noise, t)
-        if teacher is not None:
+        if teacher is not None:  # first, so that what follows the timestep is left as the question of the loss has it
             target = teacher(query, target)
+        prediction = self.base.family.predict(self.base, query, None if side is None else side(query))
         error = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
         return error if self.config.min_snr is None else error * self.process.weight(t, self.config.min_snr)
 
