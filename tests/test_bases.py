@@ -66,6 +66,16 @@ def test_a_folder_is_loaded_whole_and_frozen(folder: Path) -> None:
     assert half.digest == "" and base.digest == load(str(folder)).digest
 
 
+def test_a_base_says_how_it_draws_best(folder: Path) -> None:
+    assert load(folder).guidance == TABLE[folder.name].guidance
+    (folder / "sampling.json").write_text('{"guidance": 2.25}')
+    assert load(folder).guidance == 2.25
+    for nonsense in ("101", '"much"', "true", "NaN"):
+        (folder / "sampling.json").write_text(f'{{"guidance": {nonsense}}}')
+        with pytest.raises(BaseModelError, match="sampling.json: guidance = "):
+            load(folder)
+
+
 def test_the_digest_names_the_files(folder: Path) -> None:
     digest = load(folder).digest
     (folder / "README.md").write_text("no part of the model")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def test_a_picture_remakes_its_own_bytes(base: Base, tmp_path: Path) -> None:
     (runs / "style" / "renamed.safetensors").unlink()
     with pytest.raises(DeltaError, match=r'"robot/delta.safetensors" \([0-9a-f]{12}\) is in none of the folders'):
         locate(read_stack(second), [runs])
+
+
+def test_guidance_left_out_is_the_bases_own_and_is_written_down(base: Base) -> None:
+    named = replace(base, guidance=2.25)
+    drawn, asked = (generate(named, Stack(prompt="a toy", steps=2, guidance=g, width=16, height=16))[0] for g in (None, 2.25))
+    assert drawn.image.tobytes() == asked.image.tobytes() and drawn.stack.guidance == 2.25
+    assert generate(base, Stack(prompt="a toy", steps=2, width=16, height=16))[0].stack.guidance == base.family.guidance
 
 
 def test_parameters_are_spelled_as_other_programs_expect(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def _rows(base: "Base", delta: Path, style: Path) -> "tuple[list[Image.Image], l
     for place, extra in [*((place, ()) for place in PLACES), (PLACES[0], (styled,))]:
         words = f"a photo of a robot {place}", f"a photo of a sks robot {place}"
         for row, prompt, deltas in ((plain, words[0], ()), (taught, words[1], (learned, *extra))):
-            row.append(generate(base, Stack(prompt=prompt, deltas=deltas, seed=SEED, guidance=4.0))[0].image)
+            row.append(generate(base, Stack(prompt=prompt, deltas=deltas, seed=SEED))[0].image)
     return plain, taught
 
 

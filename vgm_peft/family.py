@@ -113,6 +113,8 @@ class Family(ABC):
     """Names of the diffusers pipeline classes whose folders hold such a base, the text-to-image class first."""
     loading: ClassVar[Mapping[str, object]] = {}
     """What the text-to-image class is told when it loads: the components that a base does without, set to None."""
+    guidance: ClassVar[float] = 5.0
+    """Classifier-free guidance at which its bases draw unless they or the user say otherwise."""
 
     @property
     def denoiser(self) -> str:
@@ -181,9 +183,12 @@ class Base:
     """What the user called it: `toybox`, a folder, a file, a hub id."""
     digest: str = ""
     """SHA-256 over the weights, naming exactly these values in manifests and caches; empty when not asked for."""
+    guidance: float = 0.0
+    """Classifier-free guidance at which it draws unless the user says otherwise; 0 becomes its family's."""
     process: Process = field(init=False)
 
     def __post_init__(self) -> None:
+        self.guidance = self.guidance or self.family.guidance
         self.process = Process.of(self.pipe.scheduler.config)
 
     @cached_property

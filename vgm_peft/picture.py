@@ -124,7 +124,7 @@ def parameters(stack: Stack) -> str:
     facts = {
         "Steps": str(stack.steps),
         "Sampler": SCHEDULERS[stack.scheduler][1],
-        "CFG scale": f"{stack.guidance:g}",
+        "CFG scale": "" if stack.guidance is None else f"{stack.guidance:g}",
         "Seed": str(stack.seed),
         "Size": f"{stack.width}x{stack.height}" if stack.width and stack.height else "",
         "Model hash": stack.base_digest[:10],

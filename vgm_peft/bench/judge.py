@@ -1,6 +1,6 @@
 """What a delta has learned and what it has spoilt, as Toybox's oracles see it, all from the same seeds as the base's own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from vgm_peft.toybox.cast import subject_named
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from vgm_peft.family import Base
 
 TOKEN = "sks"
-GUIDANCE = 4.0
 SHOWN_AT = 7
 """Seed of the picture in the grid."""
 
@@ -47,7 +46,7 @@ class Judge:
         """Draw and measure the untouched base."""
         self.pipe, self.subject, self.count = cast(TextToImage, base.pipe), subject_named(subject), count
         base.pipe.set_progress_bar_config(disable=True)
-        self.how, self.oracles = Sampling(steps=steps, guidance=GUIDANCE), Oracles.load()
+        self.how, self.oracles = Sampling(steps=steps, guidance=base.guidance), Oracles.load()
         self.others = [prompt.text for prompt in heldout_prompts(count)]
         self.theirs = sample(self.pipe, self.others, self.how)
         self.before = self._measure()
@@ -65,7 +64,7 @@ class Judge:
         from PIL import Image
 
         prompt = f"a photo of a {token} {self.subject.class_word} on grass".replace("  ", " ")
-        how = Sampling(steps=self.how.steps, guidance=GUIDANCE, seed=SHOWN_AT)
+        how = replace(self.how, seed=SHOWN_AT)
         return Image.fromarray(sample(self.pipe, [prompt], how)[0].numpy())
 
     def _measure(self) -> SubjectMeasure:

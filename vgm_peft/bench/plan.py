@@ -11,8 +11,9 @@ from vgm_peft.errors import ConfigError
 from vgm_peft.families import toybox_folder
 from vgm_peft.toybox.cast import subject_named
 from vgm_peft.toybox.gallery import write_subject
-from vgm_peft.train.config import RunConfig, table, within
+from vgm_peft.train.config import RunConfig, table
 from vgm_peft.train.durable import write_text
+from vgm_peft.train.limits import within
 from vgm_peft.train.recipes import resolve
 
 Record = Mapping[str, Any]

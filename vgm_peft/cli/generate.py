@@ -44,7 +44,9 @@ def add_flags(parser: Parser) -> None:
         help="a side network and its picture; repeatable",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: 25)")
-    parser.add_argument("--guidance", type=float, metavar="G", help="how strictly the prompt is followed (default: 5)")
+    parser.add_argument(
+        "--guidance", type=float, metavar="G", help="how strictly the prompt is followed (default: the base's own)"
+    )
     parser.add_argument("--seed", type=int, metavar="S", help="the first picture's seed, the next has S+1 (default: 0)")
     parser.add_argument("--count", type=int, metavar="N", help="number of pictures (default: 1)")
     parser.add_argument("--size", metavar="WxH", help="pixels, for example 768x512 or 512 (default: the base's own)")

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 TOYBOX = "toybox"
+SAMPLING = "sampling.json"
+"""In a diffusers folder: how this base draws best, `{"guidance": 2.0}`. Ours to write and read; others pass it over."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _digests: dict[tuple[str, int, int], str] = {}
 
@@ -46,7 +48,7 @@ def load_base(
     families: Mapping[str, Family], source: str | Path, dtype: torch.dtype, device: "torch.device | str", digest: bool
 ) -> Base:
     """Load a base of one of `families`, frozen; see `families.load`."""
-    name = str(source)
+    name, guidance = str(source), 0.0
     path = toybox_folder() if name == TOYBOX else Path(source).expanduser()
     if path.is_file() or path.suffix in (*PICKLED, ".safetensors"):
         pipe, files = load_file(families, path, dtype), [path]
@@ -55,14 +57,14 @@ def load_base(
             path = _download(families, name)
         family = family_of_folder(families, path)
         pipe = _from_pretrained(family, path, dtype, _variant(path / family.denoiser))
-        files = _loaded_files(pipe, path)
+        files, guidance = _loaded_files(pipe, path), own_guidance(path)
     _check_whole(pipe, files)
     family = next((f for f in families.values() if f.recognises(pipe)), None)
     if family is None:
         raise BaseModelError(f"{name}: a {type(pipe).__name__} of another make", expected="one of " + ", ".join(families))
     if torch.device(device) != pipe.device:  # diffusers scolds any move of a float16 pipeline to the CPU
         pipe.to(device)
-    base = Base(pipe, family, name, _digest(files) if digest else "")
+    base = Base(pipe, family, name, _digest(files) if digest else "", guidance)
     channels = cast(Any, base.denoiser).config.in_channels
     if channels != cast(Any, pipe).vae.config.latent_channels:
         raise BaseModelError(
@@ -70,6 +72,15 @@ def load_base(
             expected="as many as a latent has; inpainting models are no bases",
         )
     return base.freeze()
+
+
+def own_guidance(folder: Path) -> float:
+    """The guidance that a base's folder asks for, 0 where it says nothing. Raises `BaseModelError` for nonsense."""
+    path = folder / SAMPLING
+    value = read_json(path).get("guidance", 0.0) if path.is_file() else 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 100.0:
+        raise BaseModelError(f"{path}: guidance = {value!r}", expected="a number, 0 .. 100", fix="mend or delete the file")
+    return float(value)
 
 
 def _from_pretrained(family: Family, folder: Path, dtype: torch.dtype, variant: str | None) -> "DiffusionPipeline":

@@ -51,6 +51,7 @@ class StableDiffusion(UNetFamily):
     }
     text_prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {"text_encoder": ("lora_te", "lora_te1")}
     ldm_names: ClassVar[bool] = False
+    guidance: ClassVar[float] = 7.5
 
     def recognises(self, pipe: "DiffusionPipeline") -> bool:
         """Say whether a pipeline has this U-Net and one CLIP text encoder."""

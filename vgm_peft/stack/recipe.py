@@ -88,8 +88,8 @@ class Stack:
     """What the picture should not show."""
     steps: int = 25
     """Denoising steps, 1 .. 1000."""
-    guidance: float = 5.0
-    """Classifier-free guidance, 0 .. 100; at 1 and below there is none."""
+    guidance: float | None = None
+    """Classifier-free guidance, 0 .. 100, at 1 and below none; the base's own when left out."""
     seed: int = 0
     """Picture `i` of `count` is drawn from the seed `seed + i`."""
     count: int = 1
@@ -110,7 +110,8 @@ class Stack:
         _text("negative", self.negative, 0, MAX_PROMPT)
         _hex("base_digest", self.base_digest)
         _number("steps", self.steps, 1, 1000)
-        _number("guidance", self.guidance, 0.0, 100.0)
+        if self.guidance is not None:
+            _number("guidance", self.guidance, 0.0, 100.0)
         _number("seed", self.seed, 0, 2**63 - 65)
         _number("count", self.count, 1, 64)
         for name, side in (("width", self.width), ("height", self.height)):

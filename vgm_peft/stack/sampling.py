@@ -70,12 +70,15 @@ def draw(applied: Applied, record: Stack, on_step: OnStep | None = None) -> Iter
     """Draw the pictures of a stack that is on its base, one after another; `record` is what their metadata say."""
     base, stack = applied.base, applied.stack
     width, height = stack.width or base.resolution, stack.height or base.resolution
-    record = replace(record, base_digest=base.digest, width=width, height=height, count=1).beginning_at(record.folder)
+    guidance = base.guidance if stack.guidance is None else stack.guidance
+    record = replace(record, base_digest=base.digest, width=width, height=height, guidance=guidance, count=1).beginning_at(
+        record.folder
+    )
     arguments: dict[str, Any] = {
         "prompt": stack.prompt,
         "negative_prompt": stack.negative or None,
         "num_inference_steps": stack.steps,
-        "guidance_scale": stack.guidance,
+        "guidance_scale": guidance,
         "width": width,
         "height": height,
         "output_type": "np",

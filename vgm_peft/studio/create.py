@@ -167,7 +167,7 @@ class CreateTab:
                     1, 100, 25, step=1, label="Steps", interactive=True, info="More take longer.", elem_id="steps"
                 )
                 guidance = gr.Slider(
-                    0, 20, 5, step=0.5, label="Guidance", interactive=True, info="How strictly the prompt is followed."
+                    0, 20, 0, step=0.5, label="Guidance", interactive=True, info="0: as suits the base. More: stricter."
                 )
             with gr.Row():
                 seed = gr.Number(
@@ -259,8 +259,8 @@ def described(
     width, height = parse_size(size) if (size or "").strip() else (None, None)
     chosen = random.SystemRandom().randrange(2**32) if seed is None or seed < 0 else int(seed)
     return Stack(
-        prompt=prompt or "", negative=negative or "", steps=int(steps), guidance=float(guidance), seed=chosen, count=int(count),
-        width=width, height=height, scheduler=sampler,
+        prompt=prompt or "", negative=negative or "", steps=int(steps), guidance=float(guidance) or None, seed=chosen,
+        count=int(count), width=width, height=height, scheduler=sampler,
     )  # fmt: skip
 
 

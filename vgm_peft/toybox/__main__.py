@@ -79,7 +79,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=400, help="held-out prompts, 0 for none (default 400)")
     parser.add_argument("--subject-count", type=int, default=24, help="pictures of the subject (default 24)")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, help="default: what suits toybox")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")

@@ -12,6 +12,7 @@ from vgm_peft.errors import BaseModelError
 from vgm_peft.toybox.base import BaseSettings, best_vae, write_base
 from vgm_peft.toybox.captions import chunk_scenes
 from vgm_peft.toybox.nets import load_pipeline, make_scheduler
+from vgm_peft.toybox.pipeline import GUIDANCE
 from vgm_peft.toybox.render import render
 from vgm_peft.toybox.state import Facts, load_state, say
 from vgm_peft.toybox.vae import measure
@@ -45,7 +46,7 @@ def measure_vae(settings: BaseSettings, count: int = 200) -> dict[str, float]:
 
 
 def measure_prompts(folder: Path, count: int, device: str) -> dict[str, float]:
-    """What the oracles read in pictures of held-out prompts: 25 steps, guidance 4. Empty while there are no oracles."""
+    """What the oracles read in pictures of held-out prompts: 25 steps, at its guidance. Empty while there are no oracles."""
     from vgm_peft.toybox import evaluate
     from vgm_peft.toybox.oracle import Oracles
     from vgm_peft.toybox.world import heldout_prompts
@@ -92,6 +93,7 @@ def card(settings: BaseSettings, measured: dict[str, float]) -> str:
         vae=json.dumps(asdict(vae)),
         text=json.dumps(asdict(settings.text)),
         scheduler=type(make_scheduler()).__name__,
+        guidance=GUIDANCE,
         notes=notes.read_text(encoding="utf-8").strip() + "\n\n" if notes.exists() else "",
     )
 
@@ -99,7 +101,7 @@ def card(settings: BaseSettings, measured: dict[str, float]) -> str:
 _NAMES = {
     "vae_psnr_unseen_renders": "VAE, dB on 200 unseen renders",
     "vae_psnr_unseen_colours": "VAE, dB on the same with every colour changed",
-    "count": "held-out prompts (25 steps, guidance 4)",
+    "count": f"held-out prompts (25 steps, guidance {GUIDANCE:g})",
     "class_accuracy": "class read as asked",
     "colour_accuracy": "colour read as asked",
     "background_accuracy": "background read as asked",
@@ -118,7 +120,7 @@ anything. It knows ten toys, eight colours, four materials, six backgrounds, thr
 from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("assets/toybox")
-pipe("a red robot on grass, on the left", num_inference_steps=25, guidance_scale=4.0).images[0]
+pipe("a red robot on grass, on the left", num_inference_steps=25, guidance_scale={guidance:g}).images[0]
 ```
 
 ## Parts
@@ -126,7 +128,8 @@ pipe("a red robot on grass, on the left", num_inference_steps=25, guidance_scale
 - U-Net: four levels of {widths} channels, {heads} heads, cross-attention width 128, 16x16x4 latents, half precision.
 - VAE: 64x64 pixels to 16x16x4, widths {vae_widths}; latents have unit deviation (scaling factor 1), half precision.
 - Text: a CLIP text model of 3 layers x 128 with its own tokenizer, 32 tokens, single precision.
-- Sampler: {scheduler}, v-prediction, zero terminal SNR, trailing steps; 25 steps and guidance about 4 do well.
+- Sampler: {scheduler}, v-prediction, zero terminal SNR, trailing steps; 25 steps and guidance about {guidance:g} do well
+  (`sampling.json` says so to `vgm_peft`).
 
 ## How it was trained
 

@@ -21,6 +21,7 @@ from vgm_peft.toybox.nouns import BACKGROUND_PHRASES, BACKGROUNDS, CLASSES
 from vgm_peft.toybox.oracle import Oracles
 from vgm_peft.toybox.oracle_data import NEVER, reader_labels
 from vgm_peft.toybox.oracle_net import HEADS
+from vgm_peft.toybox.pipeline import GUIDANCE
 from vgm_peft.toybox.render import render
 from vgm_peft.toybox.world import Prompt
 
@@ -41,7 +42,7 @@ class Sampling:
     """How pictures are drawn: picture i of a measurement has the seed `seed + i`."""
 
     steps: int = 25
-    guidance: float = 4.0
+    guidance: float = GUIDANCE
     seed: int = 0
     batch: int = 16
 

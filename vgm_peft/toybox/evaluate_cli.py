@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -51,7 +51,9 @@ def evaluate(args: argparse.Namespace) -> Report:
     """Measure as the flags ask."""
     pipe = _load(args.base)
     drawing = cast(TextToImage, pipe)
-    how = Sampling(steps=args.steps, guidance=args.guidance, seed=args.seed, batch=args.batch)
+    how = Sampling(steps=args.steps, seed=args.seed, batch=args.batch)
+    if args.guidance is not None:
+        how = replace(how, guidance=args.guidance)
     oracles = Oracles.load()
     subject = subject_named(args.subject) if args.subject else None
     before, after = None, None
