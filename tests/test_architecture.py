@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vgm_peft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-NOUNS = ("site", "delta", "socket", "attachment", "process", "family", "side", "words", "folders")
+NOUNS = ("site", "delta", "shares", "socket", "attachment", "process", "family", "side", "words", "folders")
 ROOMS = ("deltas", "families", "sides")
 LAYERS = (
     ("errors", "config"),

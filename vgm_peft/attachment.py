@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vgm_peft.delta import Delta
 from vgm_peft.errors import DeltaError
+from vgm_peft.shares import Deriving, Shares
 from vgm_peft.site import Site, locate
 from vgm_peft.socket import Socket, socket_of
 
@@ -72,6 +73,10 @@ class Attachment(_Owner):
                 self.sockets[-1].plug(patch, self)
             for part in sorted({patch.site.part for patch in delta if patch.timed}):
                 self.clocks.append(parts[part].register_forward_pre_hook(partial(self._tell_time, part), with_kwargs=True))
+            for part in sorted({patch.site.part for patch in delta if isinstance(patch, Deriving)}):
+                shares = Shares()
+                self.clocks.append(parts[part].register_forward_pre_hook(partial(self._deal, part, shares)))
+                self.clocks.append(parts[part].register_forward_hook(partial(_close, shares), always_call=True))
         except BaseException:
             self.remove()
             raise
@@ -92,11 +97,21 @@ class Attachment(_Owner):
             if patch.timed and patch.site.part == part:
                 patch.at(torch.as_tensor(given))
 
+    def _deal(self, part: str, shares: Shares, *_: object) -> None:
+        """Let the patches of a part that act derive together what follows from their parameters (a forward pre-hook)."""
+        mine = (patch for patch in self.delta if isinstance(patch, Deriving) and patch.site.part == part)
+        shares.deal(patch for patch in mine if self.strength_of(patch.site) != 0.0)
+
     def strength_of(self, site: Site) -> float:
         """The effective strength at one of the delta's sites."""
         if not self.strengths:
             return self.strength
         return self.strength * self.strengths.get(site.part, 1.0) * self.strengths.get(site.name, 1.0)
+
+
+def _close(shares: Shares, *_: object) -> None:
+    """Let no share serve after the forward of a part (a forward hook)."""
+    shares.close()
 
 
 class Fusion(_Owner):

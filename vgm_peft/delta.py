@@ -7,7 +7,7 @@ patch whose dW depends on W sees the base W, so order never matters.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -47,13 +47,12 @@ Acts = Literal["output", "input", "weight"]
 class Patch(nn.Module, ABC):
     """One trained change at one site. A method is a subclass in a file of its own under `deltas/`.
 
-    A subclass sets `kind` (its name in files and recipes), `Options` (a frozen dataclass with defaults from the
-    literature), `ops` (what it can change), and writes `__init__` (parameters for a site and options, at their initial
-    values drawn from `generator`) and `change`; `contribution` or `add_to` when there is a way cheaper than the dense
-    one (or `acts = "input"` and `feed`, or `acts = "weight"`); `pack` and `unpack` when other tools have a name for it.
-    Site, options and parameters together say everything, so a file that holds the three restores the patch exactly.
-    Parameters are float32 unless moved; their names are the names in the file; those that are not trained but must be in
-    it have `requires_grad` off. A patch is born in evaluation mode (no dropout); `Delta.train` switches it.
+    A subclass sets `kind` (its name in files and recipes), `Options` (a frozen dataclass with defaults from the literature),
+    `ops` (what it can change), and writes `__init__` (parameters for a site and options, at their initial values drawn from
+    `generator`) and `change`; `contribution` or `add_to` when there is a way cheaper than the dense one (or `acts = "input"`
+    and `feed`, or `acts = "weight"`); `pack` and `unpack` when other tools have a name for it. Site, options and parameters
+    say everything, so a file of the three restores the patch exactly. Parameters are float32 unless moved, named as in the
+    file; those not trained have `requires_grad` off. It is born in evaluation mode (no dropout); `Delta.train` switches it.
     """
 
     kind: ClassVar[str]
@@ -71,18 +70,27 @@ class Patch(nn.Module, ABC):
     """What `pack` returns does not depend on W though dW does: the spelling is a multiple or rotation of it (IA3, OFT)."""
     timed: ClassVar[bool] = False
     """dW depends on the denoiser's timestep, which `at` is told: then it acts live only."""
-    gradient_is_exact: ClassVar[bool] = True
+    gradient_is_exact: bool = True
     """Gradients are those of dW in all it depends on (DoRA: no, its norm counts as a constant by definition)."""
     acts: Acts = "output"
     """How a live patch acts where nothing hinders it: it adds to the layer's output (`add_to`), it changes the layer's
     input, so that one base product serves both (`feed`), or the dense dW joins the weight for the length of the forward:
     right for changes as large as the weight itself, and free for norms and biases. The sum is the same in all three."""
+    joins: bool = False
+    """Where the layer is so small that operations count and not arithmetic, dW joins the weight whatever `acts` says: for
+    those whose `change` takes fewer operations than their own way. A bias joins wherever its gradient is free."""
 
     def __init__(self, site: Site, options: Any, generator: torch.Generator | None = None) -> None:
         """Make the patch at its initial values, drawn from `generator` (CPU) or seed 0. Raises `DeltaError` on a misfit."""
         super().__init__()
         self.site, self.options = site, options
+        self._can_drop = any(getattr(options, f.name) for f in fields(options) if f.name.endswith("dropout"))
         self.eval()
+
+    @property
+    def drops(self) -> bool:
+        """Whether a forward hides something at random, which `change` knows nothing of: in training, by any `*dropout`."""
+        return self.training and self._can_drop
 
     @classmethod
     def check(cls, site: Site, options: Any) -> None:
@@ -95,15 +103,13 @@ class Patch(nn.Module, ABC):
     def change(self, base: Tensor) -> Tensor:
         """Return the dense dW at strength 1, of the base's shape, in the parameters' dtype.
 
-        `base` is the untouched base tensor (any float dtype; kinds that are `base_free` read only its shape).
-        Differentiable in the patch's parameters.
+        `base` is the untouched tensor (any float dtype; `base_free` kinds read its shape alone). Differentiable in parameters.
         """
 
     def contribution(self, call: Call) -> Tensor:
         """Return what the patch adds to the layer's output at strength 1, given the layer's input, in its dtype.
 
-        The default multiplies by the dense dW, or the base by what is fed; subclasses do better. Must equal the former up
-        to rounding.
+        The default multiplies by the dense dW, or the base by what is fed; subclasses do better, equal up to rounding.
         """
         x = call.x
         if self.acts == "input":
@@ -128,15 +134,23 @@ class Patch(nn.Module, ABC):
         """Return `output` plus strength * what the patch could not say through `feed`, dW x - W feed(x); most say it all."""
         return output
 
+    def live_change(self, base: Tensor) -> Tensor:
+        """Return what joins the weight for one forward: dW, of which training may hide a part."""
+        return self.change(base)
+
+    def presence(self) -> float:
+        """Return 1, or 0 in a forward that `module_dropout` leaves the patch out of: strength 0, so with gradients of zero."""
+        share = getattr(self.options, "module_dropout", 0.0) if self.drops else 0.0
+        return 0.0 if share and float(torch.rand((), device="cpu")) < share else 1.0
+
     def at(self, timestep: Tensor) -> None:  # noqa: B027 - most patches need not know
         """Take note of the denoiser's timesteps, a scalar or (B,), before each of its forwards, if `timed`."""
 
     def pack(self, base: Tensor) -> dict[str, Tensor]:
         """Return tensors under the suffixes that other tools read (LyCORIS' vocabulary), meaning exactly this dW.
 
-        Suffixes are written after the module's name and a dot: `lora_down.weight`, `lora_up.weight`, `lokr_w1`, `diff`,
-        `alpha` ... `base` as for `change`. The default is the dense `diff`, of a norm's weight
-        `w_norm`, of a bias `diff_b`; a method with a compact spelling gives that.
+        Suffixes stand after the module's name and a dot: `lora_down.weight`, `lokr_w1`, `alpha` ... `base` as for `change`.
+        The default is the dense `diff`, of a norm's weight `w_norm`, of a bias `diff_b`; a compact spelling is better.
         """
         name = "diff_b" if self.site.tensor == "bias" else "w_norm" if self.site.op == "norm" else "diff"
         return {name: self.change(base).detach()}
@@ -145,7 +159,7 @@ class Patch(nn.Module, ABC):
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> "Self | None":
         """Make the patch that `tensors` (one module's, by suffix as in `pack`) spell; None when they are not this kind's.
 
-        All tensors must be understood, none left over. Raises `DeltaError` when they are this kind's but do not fit `site`.
+        All must be understood, none left over. Raises `DeltaError` when they are this kind's but do not fit `site`.
         """
         return None
 

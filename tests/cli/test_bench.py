@@ -91,3 +91,13 @@ def test_slips_are_one_line_before_anything_is_trained(
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_records_of_another_base_are_not_taken_for_these(
+    compared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vgm_peft.bench import plan
+
+    monkeypatch.setattr(plan, "_base_digest", lambda: "0" * 64)
+    assert bench(compared, "lora,ia3") == 2
+    assert "was made with base (SHA-256) = " in capsys.readouterr().err

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.contract.ground import TOLERANCE, assert_close, base_of, difference, draw, predict
+from vgm_peft import socket
 from vgm_peft.attachment import Attachment, Fusion
 from vgm_peft.delta import Call, Delta, Patch, apply_dense
 from vgm_peft.deltas import TABLE, method_named
@@ -279,7 +280,8 @@ def test_strength(base64: Base, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), list(product(KINDS, KINDS)))
-def test_kinds_add_in_any_order_and_linearly(first: str, second: str) -> None:
+def test_kinds_add_in_any_order_and_linearly(first: str, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that may join the weight do so in one order, and act by themselves in the other."""
     for name in names_for(first, second):
         make, shape = LAYERS[name]
         layer = make().double().requires_grad_(False)
@@ -289,7 +291,8 @@ def test_kinds_add_in_any_order_and_linearly(first: str, second: str) -> None:
         with torch.no_grad():
             changes = [p.change(base_tensor(layer, p)) for p in patches]
             expected = layer(x) + apply_dense(0.3 * changes[0] - 1.7 * changes[1], x, layer, patches[0].site)
-            for order in ((0, 1), (1, 0)):
+            for order, small in (((0, 1), float("inf")), ((1, 0), 0.0)):
+                monkeypatch.setattr(socket, "SMALL", small)
                 with (
                     Attachment(root, deltas[order[0]], (0.3, -1.7)[order[0]]),
                     Attachment(root, deltas[order[1]], (0.3, -1.7)[order[1]]),

@@ -188,22 +188,6 @@ def test_alpha_survives_packing() -> None:
         assert (again := Lora.unpack(site, packed)) is not None and again.options.scale == 1.0
 
 
-def test_dropouts_act_in_training_only_and_keep_the_mean() -> None:
-    layer, x = nn.Linear(16, 16).double(), sample(1, 1, 16).expand(4000, 3, 16)
-    for name in ("dropout", "rank_dropout", "module_dropout"):
-        patch = patched(layer, Lora, LoraOptions(rank=8, **{name: 0.25}))
-        expected = patch.contribution(Call(x, layer, layer.weight))
-        assert torch.equal(expected[0], expected[1])
-        patch.train()
-        torch.manual_seed(0)
-        found = torch.cat([patch.contribution(Call(x[:40], layer, layer.weight)) for _ in range(100)]).detach()
-        mean = found.mean((0, 1)) / (0.75 if name == "module_dropout" else 1.0)
-        assert bool((found != expected[0].detach()).any())
-        assert float(((mean - expected[0, 0]).norm() / expected[0, 0].norm()).detach()) < 0.2
-        if name == "rank_dropout":
-            assert torch.equal(found[:, 0], found[:, 2]) and not torch.equal(found[0], found[1])
-
-
 # --- counts ------------------------------------------------------------------------------------------------------------
 
 

@@ -196,6 +196,31 @@ def test_what_is_spelled_without_the_base_is_written_without_it(
         formats.write(make_delta(base, "hra", ("cross-attention",)), tmp_path / "c.safetensors", "kohya")
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("loha", {"rank": 2}), ("loha", {"rank": 2, "tucker": True}), ("lokr", {"rank": 1}), ("lokr", {"rank": 1, "factor": 2})],
+)
+@pytest.mark.parametrize("widths", ["of the family", "of a smaller base"])
+def test_the_kernel_that_a_spelling_does_not_tell_is_the_familys(
+    shared: Make, kind: str, options: dict[str, int], widths: str, tmp_path: Path
+) -> None:
+    """Thin LoHa and LoKr flatten a convolution's kernel; every base of a family has the same."""
+    from vgm_peft.families import family_named
+    from vgm_peft.site import choose, find_sites
+
+    method = method_named(kind)
+    published = [s for part, root in family_named("sd15").published().items() for s in find_sites(part, root)]
+    known = shared("sd15").sites if widths == "of a smaller base" else published
+    sites = choose(known, ["unet.mid_block.resnets.0.conv1", "unet.mid_block.*.proj_in", "unet.mid_block.*.attn2.to_k"], {})
+    assert {s.shape[2:] for s in sites} == {(3, 3), (1, 1), ()}
+    delta = shake(Delta.fit("sd15", method, sites, method.Options(**options)))
+    found = formats.read(formats.write(delta, tmp_path / "a.safetensors", "kohya"))
+    assert {p.site for p in found} == {p.site for p in delta}
+    for name, patch in delta.patches.items():
+        nothing = torch.zeros(patch.site.shape)
+        assert difference(found.patches[name].change(nothing), patch.change(nothing)) <= 1e-6
+
+
 def test_stable_scale_is_stored_in_alpha(shared: Make, tmp_path: Path) -> None:
     base = shared("sd15")
     delta = make_delta(base, "lora", ("cross-attention",), rank=4, alpha=3.0, rslora=True)

@@ -1,8 +1,10 @@
 """Which runs a comparison has, the configuration of each, and where its record lies."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +117,7 @@ class Trial:
         training.pop("output", None)
         here: Table = {"data": {"images": self.subject}}  # and not where they lie on this machine
         drawing = {"pictures": self.plan.pictures, "steps": self.plan.sampling_steps}
-        told = {"training": merge(training, here), "judging": drawing}
+        told = {"base (SHA-256)": _base_digest(), "training": merge(training, here), "judging": drawing}
         return json.loads(json.dumps(told))
 
     def kept(self) -> Record | None:
@@ -137,6 +139,15 @@ class Trial:
     def keep(self, record: Record) -> None:
         """Write the record, last of all: while there is none, the run is not done."""
         write_text(self.record, json.dumps(record, indent=2) + "\n")
+
+
+@cache
+def _base_digest() -> str:
+    """SHA-256 over the embedded base's weights: scores of another one are no part of the comparison."""
+    total = hashlib.sha256()
+    for path in sorted(toybox_folder().rglob("*.safetensors")):
+        total.update(path.read_bytes())
+    return total.hexdigest()
 
 
 def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:

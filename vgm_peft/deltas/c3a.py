@@ -1,8 +1,8 @@
 """C3A: a change made of circulant blocks, applied by the fast Fourier transform.
 
-C3A 2024 (arXiv 2407.19342). The weight is cut into square blocks of side b, each told by one row of b
-values: within a block `dW[j, t] = kernel[(t - j) mod b] / I`, so a rank up to full for O I / b values. A convolution has such
-blocks at every place of its kernel, and I counts them all.
+Chen et al. 2024 (arXiv 2407.19342, equations 3 and 4). The weight is cut into square blocks of side b, each told by one row of
+b values: within a block `dW[j, t] = kernel[(t - j) mod b] / I`, so a rank up to full for O I / b values. A convolution has
+such blocks at every place of its kernel, and I counts them all.
 
 | here | shape | peft |
 |---|---|---|
@@ -10,8 +10,7 @@ blocks at every place of its kernel, and I counts them all.
 
 peft begins at random kernels, so small that it hardly shows; here they begin at zero, and the fresh delta changes nothing.
 b must divide both sides; the default is the largest such side up to 256 of every layer by itself. Side 1 is full training and
-must be asked for. Rates are high, since dW
-is the kernel divided by I: 1e-1 and more.
+must be asked for. Rates are high, since dW is the kernel divided by I: 1e-1 and more.
 """
 
 from dataclasses import dataclass, replace
@@ -49,6 +48,7 @@ class C3a(Patch):
     ops = frozenset({"linear", "conv"})
     rate = 10.0
     examples = (C3aOptions(block=4), C3aOptions())
+    joins = True
     options: C3aOptions
 
     def __init__(self, site: Site, options: C3aOptions, generator: torch.Generator | None = None) -> None:

@@ -18,4 +18,4 @@ def along_rows(vector: Tensor, weight: Tensor) -> Tensor:
 def add_scaled_rows(output: Tensor, call: Call, site: Site, vector: Tensor, strength: float) -> Tensor:
     """Return `output` + strength * diag(vector) W x, from the product W x that the layer has made anyway."""
     product = call.product(site).to(output.dtype)
-    return torch.addcmul(output, product, along_outputs(strength * vector.to(output.dtype), call.x, call.layer))
+    return torch.addcmul(output, product, along_outputs(vector.to(output.dtype), call.x, call.layer), value=strength)

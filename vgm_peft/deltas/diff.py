@@ -46,9 +46,9 @@ class Diff(Patch):
         """Begin at dW = 0."""
         super().__init__(site, options, generator)
         self.diff = nn.Parameter(torch.zeros(site.shape))
-        # A few rows looked up cost less than a sum over the whole table, and a sum at the output less than a bias within a
-        # convolution, whose gradient oneDNN makes together with that of the whole weight.
+        # A few rows looked up cost less than a sum over the whole table.
         self.acts = "output" if site.op in ("bias", "embedding") else "weight"
+        self.joins = site.op == "bias"
 
     def change(self, base: Tensor) -> Tensor:
         """Return the difference as it is."""

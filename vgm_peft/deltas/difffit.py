@@ -53,8 +53,8 @@ class DiffFit(Patch):
             self.gain = nn.Parameter(torch.zeros(site.rows))
         else:
             self.shift = nn.Parameter(torch.zeros(site.shape))
-            if site.op == "norm":
-                self.acts = "weight"  # a bias must not: the scaled product beside it is free only in an untouched forward
+            self.acts = "weight" if site.op == "norm" else "output"
+            self.joins = site.op == "bias"
 
     def change(self, base: Tensor) -> Tensor:
         """Return diag(gain) W, or the shift."""

@@ -1,6 +1,6 @@
 """DyLoRA: a LoRA whose first ranks do most, so that it may be cut to any lower rank after training.
 
-Valipour et al. 2022 (arXiv 2210.07558, section 4.2). Every training forward draws a number n of ranks, a multiple of `unit`,
+Valipour et al. 2022 (arXiv 2210.07558). Every training forward draws a number n of ranks, a multiple of `unit`,
 and uses the first n alone, of which only the last `unit` learn; dW_n = s sqrt(R / n) up[:, :n] down[:n], kohya's scale (LyCORIS
 trains with alpha / (number of blocks) instead). All R are used when it is sampled, with s. The draw is from torch's
 global generator on the CPU, as dropout's is: seed that per step to repeat a run.

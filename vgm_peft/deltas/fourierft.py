@@ -1,6 +1,6 @@
 """FourierFT: a change whose two-dimensional spectrum has few values, dW = s * Re(ifft2(F)).
 
-Gao et al. 2024 (arXiv 2405.03003). F (O, I) is zero but at n places, chosen at random from a seed and the
+Gao et al. 2024 (arXiv 2405.03003, equations 2 to 4). F (O, I) is zero but at n places, chosen at random from a seed and the
 same in all layers of a size; a convolution's kernel counts as inputs.
 
 | here | shape | peft |

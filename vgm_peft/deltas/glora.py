@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vgm_peft.delta import Call, Patch, seeded
+from vgm_peft.deltas.dropout import check_shares, hide_inputs, hide_ranks
 from vgm_peft.deltas.thin import add_product, add_wide, check_scale, narrow
-from vgm_peft.errors import ConfigError, DeltaError
+from vgm_peft.errors import DeltaError
 from vgm_peft.site import Site
 
 FACTORS = ("a1", "a2", "b1", "b2")
@@ -42,11 +43,14 @@ class GloraOptions:
     """The change is scaled by alpha / rank; None is alpha = rank, so no scaling."""
     dropout: float = 0.0
     """Share of the layer's inputs hidden from `a2` and `b2` while training."""
+    rank_dropout: float = 0.0
+    """Share of either term's ranks hidden from each picture while training; what is left is scaled up by 1 / (1 - p)."""
+    module_dropout: float = 0.0
+    """Share of the forwards of training in which the layer goes without the patch."""
 
     def __post_init__(self) -> None:
         check_scale(self.rank, self.alpha)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout = {self.dropout}", expected="0 or more and below 1")
+        check_shares(self)
 
     @property
     def scale(self) -> float:
@@ -64,6 +68,7 @@ class Glora(Patch):
     base_free = False
     packs_alone = True
     acts = "input"
+    joins = True
     options: GloraOptions
 
     def __init__(self, site: Site, options: GloraOptions, generator: torch.Generator | None = None) -> None:
@@ -90,34 +95,34 @@ class Glora(Patch):
 
     def change(self, base: Tensor) -> Tensor:
         """Return s * (W a1 a2 + b1 b2), in the shape of the weight."""
-        weight = base.to(self.a1.dtype).movedim(1, -1)
-        inputs = (weight @ self.a1 @ self.a2).movedim(-1, 1)
-        return self.options.scale * (inputs + (self.b1 @ self.b2.flatten(1)).view(self.site.shape))
+        weight, scale = base.to(self.a1.dtype), self.options.scale
+        if weight.dim() == 2:
+            return torch.addmm(self.b1 @ self.b2, weight @ self.a1, self.a2, beta=scale, alpha=scale)
+        inputs = (weight.movedim(1, -1) @ self.a1 @ self.a2).movedim(-1, 1)
+        return scale * (inputs + (self.b1 @ self.b2.flatten(1)).view(self.site.shape))
 
     def feed(self, x: Tensor, base: Tensor) -> Tensor:
         """Return s * a1(a2(x)) over the channels."""
-        x, a1, a2 = self._dropped(x), self.options.scale * self.a1.to(x.dtype), self.a2.to(x.dtype)
+        x, a1, a2 = hide_inputs(self, x), self.options.scale * self.a1.to(x.dtype), self.a2.to(x.dtype)
         if self.site.op == "linear":
-            return F.linear(F.linear(x, a2), a1)
-        if x.shape[1] == len(a1) and not x.is_contiguous():  # channels last: pixels are rows
+            return F.linear(hide_ranks(self, F.linear(x, a2), len(x)), a1)
+        hides = self.training and self.options.rank_dropout > 0
+        if x.shape[1] == len(a1) and not x.is_contiguous() and not hides:  # channels last: pixels are rows
             return F.linear(F.linear(x.movedim(1, -1), a2), a1).movedim(-1, 1)
         groups = x.reshape(-1, len(a1), x[0, 0].numel())
-        return torch.matmul(a1, torch.matmul(a2, groups)).view(x.shape)
+        return torch.matmul(a1, hide_ranks(self, torch.matmul(a2, groups), len(groups))).view(x.shape)
 
     def add_feed(self, fed: Tensor, x: Tensor, base: Tensor, strength: float) -> Tensor:
         """Return `fed` + strength * s * a1(a2(x)), for tokens summed inside the product with a1."""
         if self.site.op != "linear":
             return super().add_feed(fed, x, base, strength)
-        hidden = F.linear(self._dropped(x), self.a2.to(x.dtype))
+        hidden = hide_ranks(self, F.linear(hide_inputs(self, x), self.a2.to(x.dtype)), len(x))
         return add_product(fed, hidden, self.a1.to(fed.dtype), strength * self.options.scale)
 
     def add_rest(self, output: Tensor, call: Call, strength: float) -> Tensor:
         """Return `output` + strength * s * b1(b2(x)), the term that W does not carry."""
-        hidden = narrow(self._dropped(call.x), self.b2, call.layer)
+        hidden = hide_ranks(self, narrow(hide_inputs(self, call.x), self.b2, call.layer), len(call.x))
         return add_wide(output, hidden, self.b1, call.layer, strength * self.options.scale)
-
-    def _dropped(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.options.dropout) if self.training and self.options.dropout else x
 
     def pack(self, base: Tensor) -> dict[str, Tensor]:
         """Return the four factors, of a convolution with 1x1 kernels, and `alpha`, such that alpha / rank is our scale."""

@@ -1,16 +1,17 @@
 """HRA: the weight times a chain of reflections on the input side, W' = W H_1 H_2 ... H_R with H = I - 2 u u^T / |u|^2.
 
-Yuan et al. 2024 (arXiv 2405.17484, equation 4). Letters: `R` reflections, `O` outputs, `I` inputs.
+Yuan et al. 2024 (arXiv 2405.17484, equation 1). Letters: `R` reflections, `O` outputs, `I` inputs.
 
 | here | shape | peft |
 |---|---|---|
 | `u` | (I, R), conv (I * prod(kernel), R) | `hra_u` |
 
-Reflections begin in equal pairs, which cancel, so R is even. In pairs they also are cheap and exactly zero at the start:
-H_u H_v - I = u p^T + q v^T with p = 2 ((u.v) v / |v|^2 - u) / |u|^2 and q likewise, and a product of such, each I + A_k B_k^T,
-is I + A T B^T with A and B all of them side by side and T = (1 - L)^-1, L the part of B^T A above its 2x2 blocks: the compact
-WY form of a product of reflections. So dW = W A T B^T, a change of rank R: two thin products on the layer's input. Over a
-kernel larger than 1x1 the patch is reflected, as in peft; that is a thin pair on the output, up = W A and down = T B^T.
+Reflections begin in equal pairs, which cancel, so R is even. In pairs they also are cheap and exactly zero at the start: for
+vectors of length 1 and d = v - u it is H_u H_v - I = u p^T - 2 d v^T with p = 2 d - 2 |d|^2 v. A product of such, each
+I + A_k B_k^T, is I + A T B^T with A and B all of them side by side and T = (1 - L)^-1, L the part of B^T A above its 2x2
+blocks: the compact WY form of a product of reflections. So dW = W A T B^T, a change of rank R: two thin products on the
+layer's input. Over a kernel larger than 1x1 the patch is reflected, as in peft; that is a thin pair on the output, up = W A
+and down = T B^T.
 """
 
 from collections.abc import Mapping
@@ -21,9 +22,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from vgm_peft.delta import Call, Patch, seeded
+from vgm_peft.delta import Call, seeded
+from vgm_peft.deltas.rotation import wide
 from vgm_peft.deltas.thin import add_wide, narrow, widen
 from vgm_peft.errors import ConfigError, DeltaError
+from vgm_peft.shares import Deriving, Source
 from vgm_peft.site import Site
 
 
@@ -39,7 +42,7 @@ class HraOptions:
             raise ConfigError(f"rank = {self.rank}", expected="an even number, for reflections begin in pairs that cancel")
 
 
-class Hra(Patch):
+class Hra(Deriving):
     """A chain of reflections of the inputs of a linear or conv layer; starts at the identity because pairs are equal."""
 
     kind = "hra"
@@ -47,6 +50,7 @@ class Hra(Patch):
     ops = frozenset({"linear", "conv"})
     examples = (HraOptions(rank=4), HraOptions(rank=2))
     base_free = False
+    joins = True
     options: HraOptions
 
     def __init__(self, site: Site, options: HraOptions, generator: torch.Generator | None = None) -> None:
@@ -67,23 +71,28 @@ class Hra(Patch):
                 fix="lower the rank or leave the layer out of the targets",
             )
 
+    def source(self) -> Source:
+        """Return u (1, C, R) in float32 or wider."""
+        return Source(None, wide(self.u).unsqueeze(0))
+
+    @classmethod
+    def derive(cls, sort: None, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A (N, C, R) and T B^T (N, R, C) of N chains of reflections."""
+        # For u = v all that is said in terms of d is zero to the last bit.
+        u, v = (side / torch.linalg.vector_norm(side, dim=1, keepdim=True) for side in (values[..., 0::2], values[..., 1::2]))
+        d = v - u
+        left = torch.stack([u, d], 3).flatten(2)
+        right = torch.stack([2 * d - 2 * (d * d).sum(1, keepdim=True) * v, -2 * v], 3).flatten(2)
+        with torch.autocast(values.device.type, enabled=False):
+            number = torch.arange(values.shape[2], device=values.device) // 2
+            above = (number.unsqueeze(1) < number).to(right.dtype)
+            chain = (right.mT @ left) * -above
+            return left, torch.linalg.solve_triangular(chain, right.mT, upper=True, unitriangular=True)
+
     def _pair(self) -> tuple[Tensor, Tensor]:
         """Return A (columns, R) and T B^T (R, columns), in float32 or wider."""
-        vectors = self.u.to(torch.promote_types(self.u.dtype, torch.float32))
-        u, v = vectors[:, 0::2], vectors[:, 1::2]
-        uu, vv, uv = (u * u).sum(0), (v * v).sum(0), (u * v).sum(0)
-        # H_u H_v - I = -2 u u^T/uu - 2 v v^T/vv + 4 uv/(uu vv) u v^T, the last term shared between p and q such that
-        # for u = v both vanish to the last bit: x / x is exactly 1.
-        p = (2 / uu) * ((uv / vv) * v - u)
-        q = (2 / vv) * ((uv / uu) * u - v)
-        left = torch.stack([u, q], 2).flatten(1)
-        right = torch.stack([p, v], 2).flatten(1)
-        with torch.autocast(vectors.device.type, enabled=False):
-            chain = right.mT @ left
-            number = torch.arange(self.options.rank, device=chain.device) // 2
-            above = chain * (number.unsqueeze(1) < number)
-            identity = torch.eye(len(chain), device=chain.device, dtype=chain.dtype)
-            return left, torch.linalg.solve_triangular(identity - above, right.mT, upper=True, unitriangular=True)
+        left, right = self.derived()
+        return left[0], right[0]
 
     def change(self, base: Tensor) -> Tensor:
         """Return W A T B^T in the shape of the weight."""

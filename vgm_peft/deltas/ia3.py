@@ -1,6 +1,6 @@
 """(IA)^3: scaling a layer's outputs or inputs by one learned value each, dW = diag(v) W or W diag(v).
 
-Liu et al. 2022 (arXiv 2205.05638): keys and values are scaled at the output, the feed-forward at the input of its
+Liu et al. 2022 (arXiv 2205.05638, section 3.3): keys and values are scaled at the output, the feed-forward at the input of its
 second layer. As in LyCORIS v is what is added to 1, so that 0 changes nothing (peft keeps 1 + v).
 
 Letters: `O` outputs, `I` inputs. Parameters and what other tools call them:
@@ -24,16 +24,22 @@ from torch import Tensor, nn
 
 from vgm_peft.delta import Call, Patch
 from vgm_peft.deltas.channels import add_scaled_rows, along_rows
+from vgm_peft.deltas.dropout import check_shares
 from vgm_peft.errors import DeltaError
 from vgm_peft.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ia3Options:
-    """Which side is scaled."""
+    """Which side is scaled, and how often it is left alone."""
 
     on_input: bool = False
     """Scale what goes into the layer (right for the second layer of a feed-forward) instead of what comes out of it."""
+    module_dropout: float = 0.0
+    """Share of the forwards of training in which the layer goes without the patch."""
+
+    def __post_init__(self) -> None:
+        check_shares(self)
 
 
 class Ia3(Patch):

@@ -22,8 +22,9 @@ from typing import Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from vgm_peft.delta import Call, Patch, seeded
+from vgm_peft.delta import Call, seeded
 from vgm_peft.deltas.divisors import divisor
+from vgm_peft.deltas.dropout import RowDropout, check_shares
 from vgm_peft.deltas.kronecker import Kronecker, kron
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Site
@@ -44,14 +45,19 @@ class KronaOptions:
     """Columns of A, a divisor of the layer's inputs (channels). None: 8 as published, or the next smaller divisor."""
     layout: Literal["kron", "released"] = "kron"
     """`released` permutes the rows as the paper's code does: for its files; there is no reason to train so."""
+    rank_dropout: float = 0.0
+    """Share of the rows of dW hidden while training, for all pictures alike; the rest is scaled up by 1 / (1 - p)."""
+    module_dropout: float = 0.0
+    """Share of the forwards of training in which the layer goes without the patch."""
 
     def __post_init__(self) -> None:
         for name in ("a1", "a2"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} = {value}", expected="1 or more")
+        check_shares(self)
 
 
-class Krona(Patch):
+class Krona(RowDropout):
     """dW = A (x) B on a linear or conv layer; starts at zero because B does."""
 
     kind = "krona"
@@ -59,6 +65,7 @@ class Krona(Patch):
     ops = frozenset({"linear", "conv"})
     rate = 10.0
     examples = (KronaOptions(a1=4, a2=2), KronaOptions(a1=2, a2=4), KronaOptions(a1=2, a2=2, layout="released"))
+    joins = True
     options: KronaOptions
 
     def __init__(self, site: Site, options: KronaOptions, generator: torch.Generator | None = None) -> None:
@@ -85,7 +92,7 @@ class Krona(Patch):
 
     def add_to(self, output: Tensor, call: Call, strength: float) -> Tensor:
         """Return `output + strength * contribution`, summed inside the last product where the layout allows."""
-        if self.site.op == "linear" and self.options.layout == "kron":
+        if self.site.op == "linear" and self.options.layout == "kron" and not self.hides_rows:
             return Kronecker(self.A, (self.B,)).to(output.dtype).add_to_tokens(output, call.x, strength)
         return super().add_to(output, call, strength)
 

@@ -1,7 +1,7 @@
 """LoHa: the elementwise product of two changes of low rank, dW = s * (up1 @ down1) * (up2 @ down2), of rank up to R^2.
 
-Hyeon-Woo et al. 2022 (FedPara, arXiv 2108.06098, proposition 1) as LyCORIS has it (arXiv 2309.14859). Letters: `R` rank, `O`
-outputs, `I` inputs.
+Hyeon-Woo et al. 2022 (FedPara, arXiv 2108.06098, proposition 1) as LyCORIS has it (arXiv 2309.14859, equation 3). Letters: `R`
+rank, `O` outputs, `I` inputs.
 
 | here | shape | LyCORIS and its readers |
 |---|---|---|
@@ -12,7 +12,7 @@ outputs, `I` inputs.
 The same dW is a product of rank R^2 whose factors are Khatri-Rao products, `U[o, pq] = up1[o, p] up2[o, q]` and
 `V[pq, i] = down1[p, i] down2[q, i]`, so that the forward needs no dense matrix. Per token of a training step the three thin
 products cost 3 R^2 (O + I), the dense ones 3 O I; with the weight changed in place of the output only one of these is left
-(the gradient of dW), and that is how the patch acts once 3 R^2 (O + I) > O I.
+(the gradient of dW), and that is how the patch acts once 3 R^2 (O + I) > O I, or when it is decomposed (see `decomposed`).
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from vgm_peft.delta import Call, Patch, seeded
+from vgm_peft.delta import Call, seeded
+from vgm_peft.deltas.decomposed import SCALE, Axis, Decomposable, check_axis, read_scale
+from vgm_peft.deltas.dropout import check_shares
 from vgm_peft.deltas.thin import add_wide, check_rank, check_scale, narrow, widen
 from vgm_peft.errors import DeltaError
 from vgm_peft.site import Site
@@ -41,9 +43,19 @@ class LohaOptions:
     """The change is scaled by alpha / rank. Its factors begin large, so it learns fast: hence 1. None is alpha = rank."""
     tucker: bool = False
     """Keep the kernel of a convolution in a factor of its own (R, R, *kernel)."""
+    decompose: Axis | None = None
+    """Give every output or every input a magnitude of its own, as DoRA does (LyCORIS' `dora_wd`)."""
+    absolute: bool = False
+    """`magnitude` is the norm itself, as other tools' files have it, and not what is added to the norm of the base."""
+    rank_dropout: float = 0.0
+    """Share of the rows of dW hidden while training, for all pictures alike; the rest is scaled up by 1 / (1 - p)."""
+    module_dropout: float = 0.0
+    """Share of the forwards of training in which the layer goes without the patch."""
 
     def __post_init__(self) -> None:
         check_scale(self.rank, self.alpha)
+        check_shares(self)
+        check_axis("decompose", self.decompose)
 
     @property
     def scale(self) -> float:
@@ -51,13 +63,19 @@ class LohaOptions:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
-class Loha(Patch):
+class Loha(Decomposable):
     """dW = s * (up1 @ down1) * (up2 @ down2) on a linear or conv layer; starts at zero because `up2` does."""
 
     kind = "loha"
     Options = LohaOptions
     ops = frozenset({"linear", "conv"})
-    examples = (LohaOptions(rank=2, alpha=24.0), LohaOptions(rank=1), LohaOptions(rank=3), LohaOptions(rank=2, tucker=True))
+    examples = (
+        LohaOptions(rank=2, alpha=24.0),
+        LohaOptions(rank=1),
+        LohaOptions(rank=3),
+        LohaOptions(rank=2, tucker=True),
+        LohaOptions(rank=2, decompose="output"),
+    )
     options: LohaOptions
     up1: Tensor
     up2: Tensor
@@ -82,6 +100,7 @@ class Loha(Patch):
         nn.init.normal_(self.up1, std=0.1, generator=generator)
         if 3 * rank**2 * (site.rows + site.columns) > site.rows * site.columns:
             self.acts = "weight"
+        self.add_magnitude()
 
     @classmethod
     def check(cls, site: Site, options: LohaOptions) -> None:
@@ -95,7 +114,7 @@ class Loha(Patch):
         down1 = torch.einsum("mn...,ni->mi...", self.core1, self.down1)
         return (self.up1, down1), (self.up2, torch.einsum("mn...,ni->mi...", self.core2, self.down2))
 
-    def change(self, base: Tensor) -> Tensor:
+    def inner(self) -> Tensor:
         """Return s * (up1 @ down1) * (up2 @ down2) in the shape of the weight."""
         (up1, down1), (up2, down2) = self._halves()
         product = (self.options.scale * (up1 @ down1.flatten(1))) * (up2 @ down2.flatten(1))
@@ -109,23 +128,24 @@ class Loha(Patch):
 
     def contribution(self, call: Call) -> Tensor:
         """Return dW x as two thin products, or densely where R^2 is too large for that to pay."""
-        if self._is_wide():
+        if self._is_dense():
             return super().contribution(call)
         down, up = self._pair()
         return widen(narrow(call.x, down, call.layer), up, call.layer)
 
     def add_to(self, output: Tensor, call: Call, strength: float) -> Tensor:
         """Return `output + strength * contribution`, summed inside the second product."""
-        if self._is_wide():
+        if self.hides_rows or self._is_dense():
             return super().add_to(output, call, strength)
         down, up = self._pair()
         return add_wide(output, narrow(call.x, down, call.layer), up, call.layer, strength)
 
-    def _is_wide(self) -> bool:
-        return self.options.rank**2 * (self.site.rows + self.site.columns) > self.site.rows * self.site.columns
+    def _is_dense(self) -> bool:
+        rows, columns = self.site.rows, self.site.columns
+        return self.options.decompose is not None or self.options.rank**2 * (rows + columns) > rows * columns
 
     def pack(self, base: Tensor) -> dict[str, Tensor]:
-        """Return the factors under `hada_` names and `alpha`."""
+        """Return the factors under `hada_` names, `alpha`, and `dora_scale` of a decomposed one."""
         tensors = {"hada_w1_b": self.down1, "hada_w2_b": self.down2}
         if self.options.tucker:
             tensors |= {"hada_w1_a": self.up1.t().contiguous(), "hada_w2_a": self.up2.t().contiguous()}
@@ -133,18 +153,20 @@ class Loha(Patch):
         else:
             tensors = {name: down.flatten(1) for name, down in tensors.items()} | {"hada_w1_a": self.up1, "hada_w2_a": self.up2}
         scale = torch.tensor(self.options.scale * self.options.rank)
-        return {**{name: tensor.detach() for name, tensor in tensors.items()}, "alpha": scale}
+        return {**{name: t.detach() for name, t in tensors.items()}, "alpha": scale, **self.pack_magnitude(base)}
 
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
-        """Read the `hada_` tensors, Tucker form too; a missing or zero alpha is alpha = rank."""
-        names = frozenset(tensors) - {"alpha"}
+        """Read the `hada_` tensors, Tucker form and `dora_scale` too; a missing or zero alpha is alpha = rank."""
+        names = frozenset(tensors) - {"alpha", SCALE}
         if names not in (HALVES, HALVES | CORES):
             return None
         tucker, down = bool(CORES & names), tensors["hada_w1_b"]
         rank = len(down) if down.dim() > 1 else 0
         alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0
-        patch = cls(site, LohaOptions(rank=max(rank, 1), alpha=alpha or None, tucker=tucker)) if site.op in cls.ops else None
+        axis, g = read_scale(site, tensors[SCALE]) if SCALE in tensors and site.op in cls.ops else (None, None)
+        options = LohaOptions(rank=max(rank, 1), alpha=alpha or None, tucker=tucker, decompose=axis, absolute=axis is not None)
+        patch = cls(site, options) if site.op in cls.ops else None
         for name in sorted(names):
             up, half = name.endswith("_a"), name[6]
             mine = None if patch is None else patch.get_parameter(f"{'core' if 't' in name else 'up' if up else 'down'}{half}")
@@ -156,4 +178,6 @@ class Loha(Patch):
                 )
             with torch.no_grad():
                 mine.copy_(found.reshape(mine.shape))
+        if patch is not None:
+            patch.take_magnitude(g)
         return patch

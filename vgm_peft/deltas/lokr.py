@@ -1,7 +1,7 @@
 """LoKr: a Kronecker product one or both of whose factors are of low rank, dW = s * w1 (x) w2.
 
-Yeh et al. 2023 (LyCORIS, arXiv 2309.14859, section 3.2). For a weight of O = o1*o2 outputs and I = i1*i2 inputs w1 is the small
-factor, w2 the large one, which has the kernel of a convolution; `dW[a*o2 + b, c*i2 + d] = s * w1[a, c] * w2[b, d]`.
+Yeh et al. 2023 (LyCORIS, arXiv 2309.14859, equations 4 and 5). For a weight of O = o1*o2 outputs and I = i1*i2 inputs w1 is
+the small factor, w2 the large one, which has the kernel of a convolution; `dW[a*o2 + b, c*i2 + d] = s * w1[a, c] * w2[b, d]`.
 
 | here | shape | LyCORIS and its readers |
 |---|---|---|
@@ -13,7 +13,7 @@ factor, w2 the large one, which has the kernel of a convolution; `dW[a*o2 + b, c
 
 The scale s is alpha / rank, or 1 where both factors are full, as all readers have it. `pack` writes it into w1 (and alpha =
 rank), since they differ over it, and folds `core` into `lokr_w2_b`, since some fail on `lokr_t2`. Files with two full factors
-are read as kind `krona`, which is the same algebra; all others as this one.
+are read as kind `krona`, which is the same algebra; all others, and all with a `dora_scale` (see `decomposed`), as this one.
 """
 
 from collections.abc import Mapping
@@ -24,13 +24,16 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
-from vgm_peft.delta import Call, Patch, seeded
+from vgm_peft.delta import Call, seeded
+from vgm_peft.deltas.decomposed import SCALE, Axis, Decomposable, check_axis, read_scale
 from vgm_peft.deltas.divisors import divisor, split
+from vgm_peft.deltas.dropout import check_shares
 from vgm_peft.deltas.kronecker import Kronecker, kron
+from vgm_peft.deltas.thin import check_scale
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Site
 
-NAMES = frozenset(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")) | {"alpha"}
+NAMES = frozenset(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")) | {"alpha", SCALE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +56,19 @@ class LokrOptions:
     """Rows of w1, a divisor of the outputs. With o1 and i1 given, `factor` is ignored and the other settings are literal."""
     i1: int | None = None
     """Columns of w1, a divisor of the inputs (channels)."""
+    decompose: Axis | None = None
+    """Give every output or every input a magnitude of its own, as DoRA does (LyCORIS' `dora_wd`)."""
+    absolute: bool = False
+    """`magnitude` is the norm itself, as other tools' files have it, and not what is added to the norm of the base."""
+    rank_dropout: float = 0.0
+    """Share of the rows of dW hidden while training, for all pictures alike; the rest is scaled up by 1 / (1 - p)."""
+    module_dropout: float = 0.0
+    """Share of the forwards of training in which the layer goes without the patch."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank = {self.rank}", expected="1 or more")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ConfigError(f"alpha = {self.alpha}", expected="above 0", fix="leave it out for alpha = rank")
+        check_scale(self.rank, self.alpha)
+        check_shares(self)
+        check_axis("decompose", self.decompose)
         if self.factor < 1 and self.factor != -1:
             raise ConfigError(f"factor = {self.factor}", expected="1 or more, or -1")
         if (self.o1 is None) != (self.i1 is None):
@@ -72,7 +82,7 @@ class LokrOptions:
         return self.alpha / self.rank
 
 
-class Lokr(Patch):
+class Lokr(Decomposable):
     """dW = s * w1 (x) w2 on a linear or conv layer; starts at zero because w2, or w2b, does."""
 
     kind = "lokr"
@@ -84,7 +94,10 @@ class Lokr(Patch):
         LokrOptions(rank=1, factor=2, tucker=True),
         LokrOptions(rank=1, alpha=0.5, decompose_both=True, o1=2, i1=2),
         LokrOptions(factor=2, full_matrix=True),
+        LokrOptions(rank=1, factor=2, decompose="input"),
+        LokrOptions(factor=2, full_matrix=True, decompose="output"),
     )
+    joins = True
     options: LokrOptions
     # Of these, those that the options call for:
     w1: Tensor
@@ -117,6 +130,7 @@ class Lokr(Patch):
             if name not in ("w2", "w2b"):
                 nn.init.kaiming_uniform_(parameter, a=sqrt(5), generator=generator)
             self.register_parameter(name, parameter)
+        self.add_magnitude()
 
     def _left(self) -> Tensor:
         """Return s * w1 in full: it is small."""
@@ -129,14 +143,16 @@ class Lokr(Patch):
         first = torch.einsum("mn...,ni->mi...", self.core, self.w2b) if self.options.tucker else self.w2b
         return first, self.w2a
 
-    def change(self, base: Tensor) -> Tensor:
+    def inner(self) -> Tensor:
         """Return s * w1 (x) w2 in the shape of the weight."""
         first, *rest = self._chain()
         right = (rest[0] @ first.flatten(1)).view(-1, *first.shape[1:]) if rest else first
         return kron(self._left(), right)
 
     def contribution(self, call: Call) -> Tensor:
-        """Return dW x as small products on a reshaped activation; dense only for convolutions in groups."""
+        """Return dW x as small products on a reshaped activation; dense if decomposed, and for convolutions in groups."""
+        if self.options.decompose is not None:
+            return super().contribution(call)
         product = Kronecker(self._left(), self._chain()).to(call.x.dtype)
         if self.site.op == "linear":
             return product.on_tokens(call.x)
@@ -146,12 +162,12 @@ class Lokr(Patch):
 
     def add_to(self, output: Tensor, call: Call, strength: float) -> Tensor:
         """Return `output + strength * contribution`, on linear layers summed inside the last product."""
-        if self.site.op == "linear":
+        if self.site.op == "linear" and not self.hides_rows and self.options.decompose is None:
             return Kronecker(self._left(), self._chain()).to(output.dtype).add_to_tokens(output, call.x, strength)
         return super().add_to(output, call, strength)
 
     def pack(self, base: Tensor) -> dict[str, Tensor]:
-        """Return the factors under `lokr_` names and `alpha` = rank, the scale in w1 (or w1_a)."""
+        """Return the factors under `lokr_` names, `alpha` = rank, the scale in w1 (or w1_a), and `dora_scale` if decomposed."""
         options, tensors = self.options, dict[str, Tensor]()
         if options.decompose_both:
             tensors["lokr_w1_a"] = options.scale * self.w1a.detach()
@@ -163,13 +179,15 @@ class Lokr(Patch):
             tensors |= {"lokr_w2_a": rest[0].detach(), "lokr_w2_b": first.detach().flatten(1)}
         else:
             tensors["lokr_w2"] = first.detach()
-        return {**tensors, "alpha": torch.tensor(float(options.rank))}
+        return {**tensors, "alpha": torch.tensor(float(options.rank)), **self.pack_magnitude(base)}
 
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
-        """Read every LoKr with at least one factor of low rank; a missing or zero alpha is alpha = rank."""
+        """Read every LoKr with a factor of low rank or a `dora_scale`; a missing or zero alpha is alpha = rank."""
         halves = [_half(tensors, "lokr_w1"), _half(tensors, "lokr_w2")]
-        if not tensors.keys() <= NAMES or None in halves or halves == [1, 1] or ("lokr_t2" in tensors and halves[1] == 1):
+        if not tensors.keys() <= NAMES or None in halves or ("lokr_t2" in tensors and halves[1] == 1):
+            return None
+        if halves == [1, 1] and SCALE not in tensors:
             return None
         try:
             return cls._read(site, {name.removeprefix("lokr_"): tensor for name, tensor in tensors.items()})
@@ -183,11 +201,12 @@ class Lokr(Patch):
     def _read(cls, site: Site, given: dict[str, Tensor]) -> Self:
         """Make the patch of a file's factors, their names without `lokr_`. Raises errors of torch where they do not fit."""
         left = given["w1"] if "w1" in given else given["w1_a"] @ given["w1_b"]
-        rank = len(given["w2_b"]) if "w2_b" in given else len(given["w1_b"])
+        rank = next((len(given[name]) for name in ("w2_b", "w1_b") if name in given), 1)
         # Two low ranks that differ: w1 in full means the same.
         both = "w1_a" in given and len(given["w1_b"]) == rank
         alpha = float(given["alpha"]) if "alpha" in given else 0.0
         tucker = "t2" in given
+        axis, g = read_scale(site, given[SCALE]) if SCALE in given else (None, None)
         last = given["w2_a"].t() if tucker else given.get("w2_a")
         patch = cls(
             site,
@@ -199,12 +218,15 @@ class Lokr(Patch):
                 tucker=tucker,
                 o1=left.shape[0],
                 i1=left.shape[1],
+                decompose=axis,
+                absolute=axis is not None,
             ),
         )
         values = {"w1a": given["w1_a"], "w1b": given["w1_b"]} if both else {"w1": left}
         values |= {"w2": given["w2"]} if last is None else {"w2a": last, "w2b": given["w2_b"]}
         values |= {"core": given["t2"]} if tucker else {}
-        for name, parameter in patch.named_parameters():
+        patch.take_magnitude(g)
+        for name, parameter in ((n, p) for n, p in patch.named_parameters() if n != "magnitude"):
             if values[name].shape[0] != parameter.shape[0]:
                 raise ValueError(name)
             with torch.no_grad():

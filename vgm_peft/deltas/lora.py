@@ -1,6 +1,6 @@
 """LoRA: a change of low rank, dW = s * up @ down.
 
-Hu et al. 2021 (arXiv 2106.09685, section 4.1) for linear layers; LoCon (LyCORIS) for convolutions. The parameters and what
+Hu et al. 2021 (arXiv 2106.09685, equation 3) for linear layers; LoCon (LyCORIS) for convolutions. The parameters and what
 other tools call them stand in `lowrank`, as does the reading of LoCon's Tucker form. Variants that are options here:
 
 | option | is |
@@ -21,10 +21,9 @@ from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vgm_peft.delta import seeded
-from vgm_peft.deltas.lowrank import LowRank, LowRankOptions, Pair, check_share, read_pair, weigh_ranks
+from vgm_peft.deltas.lowrank import LowRank, LowRankOptions, read_pair
 from vgm_peft.errors import ConfigError
 from vgm_peft.site import Site
 
@@ -35,10 +34,6 @@ Init = Literal["kaiming", "gaussian", "xavier"]
 class LoraOptions(LowRankOptions):
     """Settings of one LoRA. The defaults are those of peft."""
 
-    rank_dropout: float = 0.0
-    """Share of the ranks switched off per picture while training (kohya); what is left is scaled up by 1 / (1 - p)."""
-    module_dropout: float = 0.0
-    """Share of steps in which the whole patch is left out while training (kohya)."""
     plus: float = 1.0
     """LoRA+: the learning rate of `up` over that of `down`; the paper advises 16, with a lower rate for both."""
     freeze_down: bool = False
@@ -48,8 +43,6 @@ class LoraOptions(LowRankOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("rank_dropout", self.rank_dropout)
-        check_share("module_dropout", self.module_dropout)
         if not self.plus > 0:
             raise ConfigError(f"plus = {self.plus}", expected="above 0", fix="1 for one learning rate, 16 for LoRA+")
         if self.init not in get_args(Init):
@@ -75,16 +68,6 @@ class Lora(LowRank):
             deviation = 1 / options.rank if options.init == "gaussian" else sqrt(2 / (site.columns + options.rank))
             nn.init.normal_(self.down, std=deviation, generator=seeded(generator))
         self.down.requires_grad_(not options.freeze_down)
-
-    def live_pair(self) -> Pair:
-        """Return the pair; at scale 0 in a step that leaves it out, so that every parameter still has a gradient."""
-        p = self.options.module_dropout
-        return self.pair()._replace(scale=0.0) if self.training and p and float(torch.rand(())) < p else self.pair()
-
-    def weigh(self, hidden: Tensor, pictures: int) -> Tensor:
-        """Switch ranks off while training: one draw for every picture and rank, shared by the tokens or pixels."""
-        p = self.options.rank_dropout
-        return weigh_ranks(hidden, F.dropout(hidden.new_ones(pictures, hidden.shape[1]), p)) if self.training and p else hidden
 
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:

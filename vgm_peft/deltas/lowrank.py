@@ -20,11 +20,11 @@ from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vgm_peft.delta import Call, Patch, seeded
+from vgm_peft.deltas.dropout import check_shares, hide_inputs, hide_ranks
 from vgm_peft.deltas.thin import add_wide, check_rank, check_scale, narrow, widen
-from vgm_peft.errors import ConfigError, DeltaError
+from vgm_peft.errors import DeltaError
 from vgm_peft.site import Op, Site
 
 DOWN, UP, MID, ALPHA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha"
@@ -42,22 +42,20 @@ class LowRankOptions:
     """Scale by alpha / sqrt(rank) instead, which keeps the step size alike over ranks."""
     dropout: float = 0.0
     """Share of the layer's inputs hidden from `down` while training."""
+    rank_dropout: float = 0.0
+    """Share of the ranks hidden from each picture while training; what is left is scaled up by 1 / (1 - p)."""
+    module_dropout: float = 0.0
+    """Share of the forwards of training in which the layer goes without the patch."""
 
     def __post_init__(self) -> None:
         check_scale(self.rank, self.alpha)
-        check_share("dropout", self.dropout)
+        check_shares(self)
 
     @property
     def scale(self) -> float:
         """s, what `up @ down` is multiplied by."""
         alpha = float(self.rank) if self.alpha is None else self.alpha
         return alpha / (sqrt(self.rank) if self.rslora else self.rank)
-
-
-def check_share(name: str, value: float) -> None:
-    """Raise `ConfigError` for a dropout that is no share below the whole."""
-    if not 0.0 <= value < 1.0:
-        raise ConfigError(f"{name} = {value}", expected="0 or more and below 1")
 
 
 class Pair(NamedTuple):
@@ -127,9 +125,9 @@ class LowRank(Patch):
 
     def hidden(self, call: Call, down: Tensor) -> Tensor:
         """Return down(x): (tokens of all pictures, R) for linear, (B, groups * R, *spatial) for conv."""
-        x = F.dropout(call.x, self.options.dropout) if self.training and self.options.dropout else call.x
+        x = hide_inputs(self, call.x)
         rows = x.reshape(-1, x.shape[-1]) if self.site.op == "linear" else x
-        return self.weigh(narrow(rows, down, call.layer), len(x))
+        return self.weigh(hide_ranks(self, narrow(rows, down, call.layer), len(x)), len(x))
 
     def pack(self, base: Tensor) -> dict[str, Tensor]:
         """Return `lora_down.weight`, `lora_up.weight` and `alpha`, the latter such that alpha / rank is our scale."""
@@ -147,13 +145,6 @@ class LowRank(Patch):
             self.down.copy_(spelled.down)
             self.up.copy_(spelled.up)
         return self
-
-
-def weigh_ranks(hidden: Tensor, weights: Tensor) -> Tensor:
-    """Return `hidden` (as `LowRank.hidden`) times `weights` (N, R), one row for every Nth part of the pictures, in order."""
-    parts = hidden.reshape(len(weights), -1, *hidden.shape[1:])
-    rows = weights.repeat(1, hidden.shape[1] // weights.shape[1])  # the same for all groups of a convolution
-    return (parts * rows.view(len(rows), 1, -1, *[1] * (hidden.dim() - 2))).reshape(hidden.shape)
 
 
 def read_pair(site: Site, tensors: Mapping[str, Tensor], others: frozenset[str] = frozenset()) -> Spelled | None:

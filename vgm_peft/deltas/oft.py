@@ -1,8 +1,8 @@
 """OFT: the weight is rotated, block by block, dW = (R - I) W on the output side or W (R - I)^T on the input side.
 
-Qiu et al. 2023 (arXiv 2306.07280, equations 5 and 6): R is block-diagonal, each block Cayley's map of a skew-symmetric Q
-(see `rotation`), so that angles between neurons stay. Constrained OFT bounds the norm of all Q. Strength interpolates between
-W and the rotated weight. Letters: `K` blocks of size `b`.
+Qiu et al. 2023 (arXiv 2306.07280, equations 2 and 3): R is block-diagonal, each block Cayley's map of a skew-symmetric Q
+(section 3.3; see `rotation`), so that angles between neurons stay. Constrained OFT (equation 4) bounds the norm of all Q.
+Strength interpolates between W and the rotated weight. Letters: `K` blocks of size `b`.
 
 | here | shape | LyCORIS, kohya (output side) | peft (input side) |
 |---|---|---|---|
@@ -22,10 +22,12 @@ from typing import Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from vgm_peft.delta import Call, Patch, along_outputs
+from vgm_peft.delta import Call, along_outputs
 from vgm_peft.deltas.divisors import divisor
-from vgm_peft.deltas.rotation import block_of, bound_of, cayley, limited, neumann, skew, spelled, triangle, turn
+from vgm_peft.deltas.dropout import check_shares, hide_blocks
+from vgm_peft.deltas.rotation import block_of, bound_of, cayley, limited, neumann, skew, spelled, triangle, turn, wide
 from vgm_peft.errors import ConfigError, DeltaError
+from vgm_peft.shares import Deriving, Source
 from vgm_peft.site import Site
 
 PEFT_TERMS = 5
@@ -46,8 +48,13 @@ class OftOptions:
     """Train a factor for every output too (output side only)."""
     terms: int = 0
     """0 is Cayley's map itself; 4 or more that many terms of its series, quicker on a GPU and nearly orthogonal."""
+    block_dropout: float = 0.0
+    """Share of the blocks that rotate nothing while training, drawn in every forward (peft's multiplicative dropout)."""
+    module_dropout: float = 0.0
+    """Share of the forwards of training in which the layer goes without the patch."""
 
     def __post_init__(self) -> None:
+        check_shares(self)
         if self.block is not None and self.block < 2:
             raise ConfigError(f"block = {self.block}", expected="2 or more")
         if self.constraint is not None and not self.constraint > 0:
@@ -58,7 +65,7 @@ class OftOptions:
             raise ConfigError(f"terms = {self.terms}", expected="0, or 4 .. 64")
 
 
-class Oft(Patch):
+class Oft(Deriving):
     """A rotation of the outputs or inputs of a linear or conv layer; starts at the identity because Q is zero."""
 
     kind = "oft"
@@ -72,8 +79,8 @@ class Oft(Patch):
         OftOptions(block=4, side="input", terms=6),
     )
     base_free = False
+    joins = True
     options: OftOptions
-    place: Tensor
 
     def __init__(self, site: Site, options: OftOptions, generator: torch.Generator | None = None) -> None:
         """Begin with Q = 0. Raises `DeltaError` when the block does not divide the side, or the side has but one channel."""
@@ -85,30 +92,35 @@ class Oft(Patch):
         self.skew = nn.Parameter(torch.zeros(size // block, block * (block - 1) // 2))
         if options.rescale:
             self.stretch = nn.Parameter(torch.zeros(site.rows))
-        self.register_buffer("place", triangle(block), persistent=False)
         self.acts = "output" if options.side == "output" else "input"
         self.packs_alone = options.side == "output" and not options.terms
 
-    def q(self) -> Tensor:
-        """Return Q (K, b, b), constrained, in float32 or wider."""
-        options, values = self.options, self.skew
+    def source(self) -> Source:
+        """Return the triangles of Q (K, b (b - 1) / 2), constrained, in float32 or wider."""
+        options, values = self.options, wide(self.skew)
         block = cast(int, options.block)
         if options.constraint is not None:
             values = limited(values, options.constraint * len(values) * block)
-        return skew(values, self.place, block)
+        return Source((block, options.terms), values)
+
+    @classmethod
+    def derive(cls, sort: tuple[int, int], values: Tensor) -> tuple[Tensor]:
+        """Return R - I (K, b, b) from triangles of Q."""
+        block, terms = sort
+        q = skew(values, block)
+        return (neumann(q, terms) if terms else cayley(q),)
 
     def turned(self) -> Tensor:
         """Return R - I (K, b, b), in float32 or wider."""
-        return neumann(self.q(), self.options.terms) if self.options.terms else cayley(self.q())
+        return self.derived()[0]
 
     def change(self, base: Tensor) -> Tensor:
         """Return the rotated (and rescaled) weight minus the weight."""
         weight = base.to(self.skew.dtype)
+        blocks = self.turned().to(weight.dtype).mT
         if self.options.side == "input":
-            flat = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
-            return turn(flat, self.turned().mT, 1).reshape(base.shape)
-        flat = weight.reshape(1, self.site.rows, -1)
-        change = turn(flat, self.turned(), 1).reshape(base.shape)
+            return turn(weight, blocks, 1)
+        change = torch.bmm(blocks, weight.reshape(*blocks.shape[:2], -1)).view(base.shape)
         if self.options.rescale:
             change = change + self.stretch.view(-1, *[1] * (base.dim() - 1)) * (change + weight)
         return change
@@ -118,7 +130,7 @@ class Oft(Patch):
         if self.options.side == "input" or self._crosses_groups(call.layer):
             return super().contribution(call)
         product = call.product(self.site)
-        change = turn(product, self.turned(), -1 if self.site.op == "linear" else 1)
+        change = turn(product, hide_blocks(self, self.turned()), -1 if self.site.op == "linear" else 1)
         if self.options.rescale:
             change = change + along_outputs(self.stretch.to(change.dtype), call.x, call.layer) * (change + product)
         return change
@@ -129,7 +141,7 @@ class Oft(Patch):
 
     def feed(self, x: Tensor, base: Tensor) -> Tensor:
         """Return (R - I)^T x; in a convolution with groups every group's channels are rotated alike."""
-        blocks = self.turned()
+        blocks = hide_blocks(self, self.turned())
         if self.site.op == "linear":
             return turn(x, blocks, -1)
         groups = x.shape[1] // self.site.shape[1]
@@ -139,7 +151,8 @@ class Oft(Patch):
         """Return `oft_blocks` = Q / 2, an `alpha` that clamps nothing and `rescale`; the input side and series densely."""
         if not self.packs_alone:
             return super().pack(base)
-        return spelled(self.site, self.q().to(self.skew.dtype), self.stretch if self.options.rescale else None)
+        q = skew(self.source().values, cast(int, self.options.block)).to(self.skew.dtype)
+        return spelled(self.site, q, self.stretch if self.options.rescale else None)
 
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:

@@ -1,6 +1,6 @@
 """PiSSA: a LoRA that starts at the layer's principal singular parts instead of at noise and nothing.
 
-Meng et al. 2024 (arXiv 2404.02948, equations 2 to 4). With W = U S V^T the factors B = U_R sqrt(S_R / s) and
+Meng et al. 2024 (arXiv 2404.02948, equations 2 to 4; as a difference 9). With W = U S V^T the factors B = U_R sqrt(S_R / s) and
 A = sqrt(S_R / s) V_R^T are trained in the place of that part of W. There the base keeps the rest, so that such a file is
 useless on the base that everyone has. Here the base stays whole, and the delta is the difference to the start, of rank 2R and
 zero to begin with: dW = s (B_now A_now - B A) = s (b A + (B + b) a), with a and b what training has added to A and B.

@@ -6,6 +6,7 @@ block, row by row. Letters: `K` blocks, `b` their size, `N` tokens, `C` channels
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from math import isqrt, sqrt
 from typing import Any, cast
 
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from vgm_peft.site import Site
 
+CPU = torch.device("cpu")
 
-def triangle(block: int) -> Tensor:
+
+@lru_cache(maxsize=64)
+def triangle(block: int, device: torch.device = CPU) -> Tensor:
     """Return where the stored values of a block stand in its b * b entries."""
-    rows, columns = torch.triu_indices(block, block, 1)
-    return rows * block + columns
+    with torch.inference_mode(False):
+        rows, columns = torch.triu_indices(block, block, 1, device=device)
+        return rows * block + columns
 
 
 def block_of(values: int) -> int | None:
@@ -27,17 +32,34 @@ def block_of(values: int) -> int | None:
     return block if block * (block - 1) == 2 * values and values else None
 
 
-def skew(values: Tensor, place: Tensor, block: int) -> Tensor:
-    """Return Q (..., b, b) from its triangles (..., b (b - 1) / 2), in float32 or wider; `place` is `triangle(block)`."""
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    flat = wide.new_zeros(*wide.shape[:-1], block * block).index_copy(-1, place, wide)
-    upper = flat.unflatten(-1, (block, block))
-    return upper - upper.mT
+def skew(values: Tensor, block: int) -> Tensor:
+    """Return Q (..., b, b) from its triangles (..., b (b - 1) / 2), in float32 or wider."""
+    return cast(Tensor, _Skew.apply(wide(values), block))
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return values in float32 or wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+class _Skew(torch.autograd.Function):
+    """Q from its triangles. Small blocks cost what their operations cost: so as few as there can be, also backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, block: int) -> Tensor:
+        upper = values.new_zeros(*values.shape[:-1], block, block)
+        upper.flatten(-2).index_copy_(-1, triangle(block, values.device), values)
+        return upper - upper.mT
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        both = (gradients[0] - gradients[0].mT).flatten(-2)
+        return both.index_select(-1, triangle(gradients[0].shape[-1], both.device)), None
 
 
 def limited(values: Tensor, limit: float) -> Tensor:
     """Return triangles scaled down, all alike, until the norm of all Q together is at most `limit` (constrained OFT)."""
-    norm = sqrt(2) * torch.linalg.vector_norm(values.to(torch.promote_types(values.dtype, torch.float32)))
+    norm = sqrt(2) * torch.linalg.vector_norm(wide(values))
     return values * (limit / norm.clamp_min(limit))
 
 
@@ -52,7 +74,7 @@ class _Cayley(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            turned = torch.linalg.solve(_identity(q) - q, 2 * q)
+            turned = torch.linalg.solve_ex(_identity(q) - q, 2 * q).result  # never singular, so nothing to check
         ctx.save_for_backward(turned)
         return turned
 
@@ -60,8 +82,8 @@ class _Cayley(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (turned,) = ctx.saved_tensors
         with torch.autocast(turned.device.type, enabled=False):
-            inverse = turned.mT / 2 + _identity(turned)
-            return 2 * (inverse @ gradients[0] @ inverse)
+            twice = turned.mT + 2 * _identity(turned)
+            return (twice @ gradients[0] @ twice).mul_(0.5)
 
 
 def neumann(q: Tensor, terms: int) -> Tensor:
@@ -70,10 +92,10 @@ def neumann(q: Tensor, terms: int) -> Tensor:
     Not quite orthogonal; near enough for small Q.
     """
     with torch.autocast(q.device.type, enabled=False):
-        total, power = torch.zeros_like(q), q
-        for _ in range(terms - 2):
-            total, power = total + 2 * power, power @ q
-        return total + power
+        q3 = total = q.flatten(0, -3)
+        for _ in range(terms - 2):  # Horner's scheme: Q (2 + Q (2 + ... Q (2 + Q)))
+            total = torch.baddbmm(q3, q3, total, beta=2)
+        return total.view(q.shape)
 
 
 def _identity(q: Tensor) -> Tensor:

@@ -42,6 +42,17 @@ def narrow(x: Tensor, down: Tensor, layer: nn.Module) -> Tensor:
     return convolve(layer, x, down if groups == 1 else down.repeat(groups, *[1] * (down.dim() - 1)))
 
 
+def weigh_ranks(hidden: Tensor, weights: Tensor) -> Tensor:
+    """Return `hidden` times `weights` (N, R), one row of them for every Nth part of the pictures, in order.
+
+    `hidden` is what `narrow` returned, the tokens of all pictures in one axis: (tokens, R) or (B, groups * R, *spatial).
+    """
+    parts = hidden.reshape(len(weights), -1, *hidden.shape[1:])
+    groups = hidden.shape[1] // weights.shape[1]
+    rows = weights if groups == 1 else weights.repeat(1, groups)  # the same for all groups of a convolution
+    return (parts * rows.view(len(rows), 1, -1, *[1] * (hidden.dim() - 2))).reshape(hidden.shape)
+
+
 def widen(hidden: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
     """Return up(hidden), for what `narrow` returned and `up` (O, R); each group of outputs from its own ranks."""
     up = up.to(hidden.dtype)

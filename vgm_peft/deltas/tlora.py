@@ -1,7 +1,7 @@
 """T-LoRA: a LoRA of fewer ranks at high noise, where a single picture is soon learned by heart, and all at low noise.
 
 Soboleva et al. 2025 (arXiv 2507.05964, AAAI 2026). Of R ranks the first r(t) act at timestep t, in training *and* in sampling:
-r(t) = floor(((T - t) / T)^power (R - min_rank)) + min_rank (equation 4). Since dW follows the timestep it cannot be merged, and
+r(t) = floor(((T - t) / T)^power (R - min_rank)) + min_rank. Since dW follows the timestep it cannot be merged, and
 no other tool's file says it. Layers of a part that is told no timestep (text encoders) keep all their ranks.
 
 `orthogonal` is the paper's Ortho-LoRA: dW = P diag(w) Q - P0 diag(w0) Q0, all three trained, where P0, w0, Q0 begin as the last
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from vgm_peft.delta import seeded
-from vgm_peft.deltas.lowrank import LowRank, LowRankOptions, Pair, weigh_ranks
+from vgm_peft.deltas.lowrank import LowRank, LowRankOptions, Pair
+from vgm_peft.deltas.thin import weigh_ranks
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Site
 
@@ -79,7 +80,7 @@ class Tlora(LowRank):
         """Let the first r(t) ranks act, for every picture by its own timestep."""
         if self._last is None or self._last.device != timestep.device:
             self._last = torch.tensor(self._last_steps(), device=timestep.device)
-        self.mask = timestep.reshape(-1, 1) <= self._last
+        self.mask = (timestep.reshape(-1, 1) <= self._last).to(self.up.dtype)
 
     def _last_steps(self) -> list[float]:
         """Return for each rank the highest timestep at which it acts: what r(t) says, the other way round."""

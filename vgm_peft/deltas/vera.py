@@ -1,6 +1,6 @@
 """VeRA: two trained vectors around frozen random matrices that all layers share, dW = diag(b) B diag(d) A.
 
-Kopiczko et al. 2023 (arXiv 2310.11454). A and B are made from a seed and are in no file; of a stream of random
+Kopiczko et al. 2023 (arXiv 2310.11454, equation 2). A and B are made from a seed and are in no file; of a stream of random
 values each layer takes as many rows as it has inputs or outputs, so what one layer gets does not depend on the others.
 
 Letters: `R` rank, `O` outputs, `I` inputs (of a convolution, all values of its kernel that one output sees).
@@ -16,13 +16,13 @@ multiplied out, as a LoRA of rank R.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import sqrt
+from math import prod, sqrt
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vgm_peft.delta import Call, Patch, along_outputs
+from vgm_peft.deltas.dropout import check_shares, hide_inputs
 from vgm_peft.deltas.thin import narrow, widen
 from vgm_peft.errors import ConfigError
 from vgm_peft.site import Site
@@ -48,8 +48,7 @@ class VeraOptions:
             raise ConfigError("d_initial = 0.0", expected="another number", fix="with b and d both 0 nothing is ever learned")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed = {self.seed}", expected="0 .. 2**63 - 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout = {self.dropout}", expected="0 or more and below 1")
+        check_shares(self)
 
 
 class Vera(Patch):
@@ -70,9 +69,7 @@ class Vera(Patch):
 
     def frozen(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return A (R, inputs of one group, *kernel) and B (O, R)."""
-        rank, seed, site = self.options.rank, self.options.seed, self.site
-        down = sqrt(6 / site.columns) * _stream(2 * seed, site.columns, rank, dtype, device).t()
-        return down.reshape(rank, *site.shape[1:]), sqrt(6 / rank) * _stream(2 * seed + 1, site.rows, rank, dtype, device)
+        return _matrices(self.site.shape, self.options.rank, self.options.seed, dtype, device)
 
     def change(self, base: Tensor) -> Tensor:
         """Return diag(b) B diag(d) A in the shape of the weight."""
@@ -89,7 +86,7 @@ class Vera(Patch):
         return torch.addcmul(output, self._wide(call).to(output.dtype), b)
 
     def _wide(self, call: Call) -> Tensor:
-        x = F.dropout(call.x, self.options.dropout) if self.training and self.options.dropout else call.x
+        x = hide_inputs(self, call.x)
         down, up = self.frozen(x.dtype, x.device)
         hidden = narrow(x, down, call.layer)
         d = self.d.to(hidden.dtype)
@@ -109,9 +106,16 @@ class Vera(Patch):
 
 
 @lru_cache(maxsize=64)
-def _stream(seed: int, rows: int, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the first `rows` of an endless table of U(-1, 1), kept once for all layers of a size."""
+def _matrices(shape: tuple[int, ...], rank: int, seed: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return A and B for a weight of `shape`, kept once for all layers that have it."""
     with torch.inference_mode(False), torch.no_grad():
-        table = torch.empty(rows, rank, dtype=torch.float32, device="cpu")
-        table.uniform_(-1.0, 1.0, generator=torch.Generator().manual_seed(seed))
-        return table.to(device, dtype)
+        columns = prod(shape[1:])
+        down = sqrt(6 / columns) * _stream(2 * seed, columns, rank).to(device, dtype).t()
+        up = sqrt(6 / rank) * _stream(2 * seed + 1, shape[0], rank).to(device, dtype)
+        return down.reshape(rank, *shape[1:]), up
+
+
+def _stream(seed: int, rows: int, rank: int) -> Tensor:
+    """Return the first `rows` of an endless table of U(-1, 1)."""
+    table = torch.empty(rows, rank, dtype=torch.float32, device="cpu")
+    return table.uniform_(-1.0, 1.0, generator=torch.Generator().manual_seed(seed))

@@ -42,9 +42,12 @@ class Book:
         return weight is not None and weight.op == "norm"
 
     def site(self, place: Place, tensor: str, tensors: Mapping[str, Tensor]) -> Site | None:
-        """Return the site of a module's tensor; without a base its shape is that of the change that `tensors` spell."""
+        """Return the site of a module's tensor; without a base its shape is that of the change that `tensors` spell.
+
+        What they do not tell of it, as thin LoHa and LoKr do not tell a convolution's kernel, is as in the published base.
+        """
         known = self.sites.get(place, {}).get(tensor)
-        shape = None if known is None or self.loaded else shape_of(tensors)
+        shape = None if known is None or self.loaded else shape_of(tensors, known.shape[2:])
         if known is None or shape is None:
             return known
         op = known.op if known.op not in ("linear", "conv") else "conv" if len(shape) > 2 else "linear"
@@ -103,7 +106,7 @@ def _likeness(
     equal: list[Site] = []
     for name, tensors in named.items():
         known = book.sites.get(lookup(book, name) or ("", ""), {}).get("weight")
-        if known is not None and shape_of(tensors) == known.shape:
+        if known is not None and shape_of(tensors, known.shape[2:]) == known.shape:
             equal.append(known)
     stamp = book.family.stamps(equal).get("ss_base_model_version", "").partition("_v")
     return bool(stamp[0]) and (version or "").startswith(stamp[0] + stamp[1]), len(equal)

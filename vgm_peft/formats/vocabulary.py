@@ -6,6 +6,7 @@ knowing it: the shape of the change they make, and whether the values are number
 """
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
@@ -27,33 +28,43 @@ RANK_AXES = {"lora_down.weight": 0, "hada_w1_b": 0, "lokr_w2_b": 0, "b1.weight":
 """Tensor of a module -> which of its axes is as long as the rank that other tools tell."""
 
 
-def shape_of(tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
-    """Return the shape of the tensor that one module's tensors change, or None when they alone do not tell."""
+def shape_of(tensors: Mapping[str, Tensor], kernel: tuple[int, ...] = ()) -> tuple[int, ...] | None:
+    """Return the shape of the tensor that one module's tensors change, or None when they alone do not tell.
+
+    `kernel` is that of the layer in its family's published base, for the spellings of thin products, which flatten theirs.
+    """
     for name in ("diff", "diff_b", "w_norm", "b_norm"):
         if name in tensors:
             return tuple(tensors[name].shape)
     up, down = tensors.get("lora_up.weight"), tensors.get("lora_down.weight")
     if up is not None and down is not None and up.dim() > 1 and down.dim() > 1:
-        kernel = tensors["lora_mid.weight"] if "lora_mid.weight" in tensors else down
-        return (up.shape[0], down.shape[1], *kernel.shape[2:])
+        mid = tensors["lora_mid.weight"] if "lora_mid.weight" in tensors else down
+        return (up.shape[0], down.shape[1], *mid.shape[2:])
     up, down = tensors.get("b1.weight"), tensors.get("b2.weight")
     if up is not None and down is not None and up.dim() > 1 and down.dim() > 1:
         return (up.shape[0], *down.shape[1:])
-    return _kronecker_shape(tensors)
+    return _half_shape(tensors, "hada_w1", "hada_t1", kernel) or _kronecker_shape(tensors, kernel)
 
 
-def _kronecker_shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
-    halves: list[tuple[int, ...]] = []
-    for half in ("lokr_w1", "lokr_w2"):
-        whole, rows, columns = (tensors.get(half + end) for end in ("", "_a", "_b"))
-        if whole is not None:
-            halves.append(tuple(whole.shape))
-        elif rows is not None and columns is not None and "lokr_t2" not in tensors:
-            halves.append((rows.shape[0], *columns.shape[1:]))
-    if len(halves) != 2 or min(map(len, halves)) < 2:
+def _kronecker_shape(tensors: Mapping[str, Tensor], kernel: tuple[int, ...]) -> tuple[int, ...] | None:
+    left, right = _half_shape(tensors, "lokr_w1", "", ()), _half_shape(tensors, "lokr_w2", "lokr_t2", kernel)
+    if left is None or right is None or min(len(left), len(right)) < 2:
         return None
-    (o1, i1, *_), (o2, i2, *kernel) = halves
-    return (o1 * o2, i1 * i2, *kernel)
+    return (left[0] * right[0], left[1] * right[1], *right[2:])
+
+
+def _half_shape(tensors: Mapping[str, Tensor], name: str, core: str, kernel: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the shape of what a tensor is, or its two factors `_a` and `_b`, or these and their core multiply to."""
+    whole, rows, columns, middle = (tensors.get(key) for key in (name, f"{name}_a", f"{name}_b", core))
+    if whole is not None:
+        return tuple(whole.shape)
+    if rows is None or columns is None or min(rows.dim(), columns.dim()) < 2:
+        return None
+    if middle is not None:
+        return (rows.shape[1], columns.shape[1], *middle.shape[2:])
+    if columns.dim() > 2 or columns.shape[1] % prod(kernel):
+        return (rows.shape[0], *columns.shape[1:])
+    return (rows.shape[0], columns.shape[1] // prod(kernel), *kernel)
 
 
 def unpack(site: Site, tensors: Suffixes, where: str) -> Patch:

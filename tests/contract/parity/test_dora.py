@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tests.contract.ground import assert_close, draw
 from vgm_peft.delta import Call
-from vgm_peft.deltas.dora import Axis, Dora, DoraOptions
+from vgm_peft.deltas.decomposed import Axis
+from vgm_peft.deltas.dora import Dora, DoraOptions
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Site, find_sites
 
