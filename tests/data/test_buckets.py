@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data.makers import save
-from vgm_peft.data import Crop, bucket_ids, describe_crops, load_control, load_pixels, pixel_step, plan_crops, scan
+from vgm_peft.data import Crop, bucket_ids, load_control, load_pixels, plan_crops, scan
 from vgm_peft.errors import ConfigError, DataError
+from vgm_peft.families import size_of
 
 side = st.integers(16, 6000)
 
@@ -104,18 +105,6 @@ def test_a_picture_edited_after_the_scan_is_refused(tmp_path: Path) -> None:
         load_pixels(example, plan_crops([(40, 32)], 32, 32)[0])
 
 
-def test_enlarged_and_cut_pictures_are_told(tmp_path: Path) -> None:
-    save(tmp_path / "small.png", 32, 32)
-    save(tmp_path / "wide.png", 900, 60)
-    report = scan(tmp_path)
-    lines = describe_crops(report.examples, plan_crops([(e.width, e.height) for e in report.examples], 64, 32))
-    assert lines == [
-        "buckets: 64 x 64: 1, 128 x 32: 1",
-        "note: small.png (32 x 32) is enlarged to 64 x 64",
-        "note: wide.png loses 73% of its area to the crop",
-    ]
-
-
 @pytest.mark.parametrize(("family", "step"), [("sd15", 64), ("sdxl", 32)])
 def test_the_step_is_what_the_network_halves(tiny: "object", family: str, step: int) -> None:
-    assert pixel_step(tiny(family)) == step
+    assert size_of(tiny(family)).step == step

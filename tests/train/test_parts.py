@@ -13,7 +13,8 @@ from tests.train.ground import tiny_base
 from vgm_peft.config import Table
 from vgm_peft.deltas import TABLE as DELTAS
 from vgm_peft.errors import ConfigError, SaveError
-from vgm_peft.train.config import DeltaConfig, LossConfig, OptimiserConfig, bind, table
+from vgm_peft.train.config import DeltaConfig, bind, table
+from vgm_peft.train.config_learning import LossConfig, OptimiserConfig
 from vgm_peft.train.journal import Journal, Taken
 from vgm_peft.train.objective import Objective
 from vgm_peft.train.optim import MovingAverage, rate_factor, set_rates

@@ -38,7 +38,7 @@ RICH: Table = {
     "accumulation": 2,
     "ema": 0.9,
     "data": {"batch": 1},
-    "delta": {"text": True, "rank_dropout": 0.2},
+    "delta": {"text": True, "rank_dropout": 0.2, "module_dropout": 0.8},
     "optimiser": {"schedule": "cosine", "warmup": 2, "text_lr": 1e-3},
     "loss": {"min_snr": 5.0, "noise_offset": 0.05, "stratified": True},
 }

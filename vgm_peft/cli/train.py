@@ -4,6 +4,7 @@ vgm-train dreambooth --images me --class-prompt "a robot"     a subject, from ab
 vgm-train finetune --images pictures                          captioned pictures (.txt beside them, or metadata.jsonl)
 vgm-train textual-inversion --images me --token "<toy>"       a new word
 vgm-train controlnet --images pairs                           pictures with control pictures (folder control/)
+vgm-train --recipe two.toml                                   several subjects at once, a [[concept]] each (docs/data.md)
 vgm-train --recipe runs/dreambooth-me-1/run.toml              the same run again
 vgm-train --resume runs/dreambooth-me-1                       an interrupted run, to its end
 """
@@ -33,6 +34,14 @@ def add_flags(parser: "Parser") -> None:
     parser.add_argument("--output", metavar="DIR", help="the run's folder (default: runs/TASK-PICTURES-N)")
     parser.add_argument("--recipe", metavar="FILE", help="a .toml with any of the settings; those shipped are in training/")
     parser.add_argument("--export", metavar="FORMAT,..", help="also write it for other tools: kohya, diffusers, embedding")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="KIND,..",
+        help="go on in spite of such faults in the pictures: unreadable, tiny, transparent, animated, duplicate, "
+        "near-duplicate, caption, orphan, stray, mask, profile",
+    )
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any other setting; repeatable")
 
@@ -54,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"recipe: {resolved.recipe}")
     for notice in resolved.notices:
         print(f"note: {notice}")
-    result = train(resolved.config, resume=resume, base=resolved.base)
+    result = train(resolved.config, resume=resume)
     if result.main:
         print(_farewell(resolved.config, result))
     return 0 if result.finished else 130
@@ -79,6 +88,9 @@ def _table(args: argparse.Namespace) -> Table:
         if value is not None:
             section, _, key = place.rpartition(".")
             out = merge(out, {section: {key: value}} if section else {key: value})
+    if args.allow:
+        kinds = ",".join(cast("list[str]", args.allow)).split(",")
+        out = merge(out, {"data": {"allow": [kind.strip() for kind in kinds if kind.strip()]}})
     if args.export:
         out["exports"] = [name.strip() for name in cast(str, args.export).split(",") if name.strip()]
     return out

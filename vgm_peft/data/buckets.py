@@ -4,22 +4,22 @@ A bucket is a target size near `resolution` squared in area whose sides are mult
 picture goes to the bucket of the nearest proportions, is scaled until it covers it, and loses only what hangs over.
 """
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from hashlib import sha256
 from math import log
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vgm_peft.data.pictures import decode, read_bytes, shown
+from vgm_peft.data.pictures import decode, decode_mask, read_bytes, shown
 from vgm_peft.data.report import Example
 from vgm_peft.errors import ConfigError, DataError
-from vgm_peft.family import Base
 
 Sizes = tuple[int, int, int, int, int, int]
 
@@ -52,13 +52,6 @@ class Crop:
         return (self.original[1], self.original[0], self.top, left, self.target[1], self.target[0])
 
 
-def pixel_step(base: Base) -> int:
-    """Return what both sides of a picture must be multiples of for a base: VAE factor times the denoiser's halvings."""
-    config: Any = base.denoiser.config
-    levels = len(config.get("block_out_channels") or ())
-    return base.latent_factor * (2 ** (levels - 1) if levels else int(config.get("patch_size") or 1))
-
-
 def plan_crops(
     sizes: Sequence[tuple[int, int]], resolution: int, step: int, *, square: bool = False, max_aspect: float = 4.0
 ) -> list[Crop]:
@@ -82,16 +75,21 @@ def bucket_ids(crops: Sequence[Crop]) -> list[int]:
     return [known[crop.target] for crop in crops]
 
 
-def describe_crops(examples: Sequence[Example], crops: Sequence[Crop]) -> list[str]:
-    """Say in lines for the report which buckets there are, and which pictures are enlarged or lose over a tenth."""
-    counts: dict[tuple[int, int], int] = {}
-    for crop in crops:
-        counts[crop.target] = counts.get(crop.target, 0) + 1
-    lines = ["buckets: " + ", ".join(f"{w} x {h}: {n}" for (w, h), n in sorted(counts.items()))]
-    pairs = list(zip(examples, crops, strict=True))
-    lines += [f"note: {_name(e)} ({e.width} x {e.height}) is enlarged to {_by(c.scaled)}" for e, c in pairs if c.upscaled]
-    lines += [f"note: {_name(e)} loses {c.lost:.0%} of its area to the crop" for e, c in pairs if c.lost > 0.1]
-    return lines
+def further_crops(crop: Crop, digest: str, count: int, zoom: float) -> tuple[Crop, ...]:
+    """Return up to `count` different crops of one picture to the target of `crop`, the given, centred one first.
+
+    The others are enlarged by up to `zoom`, never beyond the picture's own pixels, and cut anywhere. They depend on the
+    picture's `digest` alone, so every run finds them in the cache.
+    """
+    (wide, high), largest = crop.target, max(1.0, min(zoom, crop.original[0] / crop.scaled[0]))
+    out = [crop]
+    for number in range(1, count):
+        chance = random.Random(f"{digest}/{number}")
+        factor = chance.uniform(1.0, largest)
+        scaled = (max(wide, round(crop.scaled[0] * factor)), max(high, round(crop.scaled[1] * factor)))
+        left, top = chance.randint(0, scaled[0] - wide), chance.randint(0, scaled[1] - high)
+        out.append(replace(crop, scaled=scaled, left=left, top=top))
+    return tuple(dict.fromkeys(out))
 
 
 def load_pixels(example: Example, crop: Crop, flip: bool = False) -> Tensor:
@@ -109,17 +107,35 @@ def load_control(example: Example, crop: Crop, flip: bool = False) -> Tensor:
     return _load(example.control, example.control_digest, crop, flip).div_(255.0)
 
 
-def _load(path: Path, digest: str, crop: Crop, flip: bool) -> Tensor:
-    from hashlib import sha256
+def load_mask(example: Example, crop: Crop, flip: bool, factor: int) -> Tensor:
+    """Return where a picture counts, cut like it: (1, P / factor, Q / factor) float32 in 0 .. 1, ones where it has no mask.
 
+    Each value is the mean over the pixels that one latent stands for, in 255ths. All are 0 where a crop shows nothing of it.
+    """
+    wide, high = crop.target
+    if example.mask is None:
+        return torch.ones(1, high // factor, wide // factor)
+    image = decode_mask(_unchanged(example.mask, example.mask_digest), alpha=example.mask == example.path)
+    grey = torch.from_numpy(np.array(_cut(image, crop, flip))).to(torch.float32).div_(255.0)
+    return grey.reshape(high // factor, factor, wide // factor, factor).mean((1, 3))[None].mul_(255).round_().div_(255)
+
+
+def _load(path: Path, digest: str, crop: Crop, flip: bool) -> Tensor:
+    image = _cut(decode(_unchanged(path, digest)), crop, flip)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).contiguous()
+
+
+def _unchanged(path: Path, digest: str) -> bytes:
     raw = read_bytes(path)
     if sha256(raw).hexdigest() != digest:
         raise DataError(f"{shown(path.name)} has changed since the folder was read", fix="start again")
+    return raw
+
+
+def _cut(image: Image.Image, crop: Crop, flip: bool) -> Image.Image:
     box = (crop.left, crop.top, crop.left + crop.target[0], crop.top + crop.target[1])
-    image = decode(raw).resize(crop.scaled, Image.Resampling.LANCZOS).crop(box)
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).contiguous()
+    image = image.resize(crop.scaled, Image.Resampling.LANCZOS).crop(box)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
 
 @lru_cache(maxsize=16)
@@ -146,7 +162,3 @@ def _crop(width: int, height: int, targets: Sequence[tuple[int, int]]) -> Crop:
 
 def _name(example: Example) -> str:
     return shown(example.path.name)
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"

@@ -2,7 +2,8 @@
 
 A key is the SHA-256 of everything that decides a value, so an entry is never stale: what changed has another key. Entries
 are written aside and renamed, so that readers and several writers never meet half of one, and carry a checksum that is
-verified at reading: a damaged entry is a miss, and is said. A cache that cannot be used costs time, never a run.
+verified at reading: a damaged entry is a miss, and is said. A cache that cannot be used costs time, never a run. What has
+not been used for longest goes first when it grows too large; see `space.py`.
 """
 
 import hashlib
@@ -18,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+
+from vgm_peft.data.space import Space
 
 CODE_VERSION = 1
 """Raised by hand whenever the same inputs come to mean other values."""
@@ -46,11 +49,15 @@ def key_of(kind: str, *parts: str | bytes | int) -> str:
 class Cache:
     """Dictionaries of tensors by key. `notes` gathers what a user should be told; each is logged as a warning once."""
 
-    def __init__(self, root: Path | None = None, *, enabled: bool = True) -> None:
-        """Use the folder `root` (made when first written), by default the user's own; unless `enabled` it stays empty."""
+    def __init__(self, root: Path | None = None, *, enabled: bool = True, gib: float | None = None) -> None:
+        """Use the folder `root` (made when first written), by default the user's own; unless `enabled` it stays empty.
+
+        `gib` is the largest size in GiB; left out, what the environment says (`VGM_CACHE_GIB`), else `space.GIB`.
+        """
         self.root = default_root() if root is None else root
         self.notes: list[str] = []
         self._readable = self._writable = enabled
+        self._space = Space(self.root, gib)
 
     def get(self, key: str, fits: Callable[[Mapping[str, Tensor]], bool] | None = None) -> dict[str, Tensor] | None:
         """Return the tensors of a key, or `None`: no such entry, or one that is damaged or that `fits` denies."""
@@ -68,6 +75,7 @@ class Cache:
         if tensors is None or (fits is not None and not fits(tensors)):
             self._say(f"cache entry {path.name} in {self.root} is damaged; it is computed again")
             return None
+        self._space.used(path)
         return tensors
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -77,14 +85,24 @@ class Cache:
         path = self._path(key)
         aside = path.with_name(f".{path.name}.{os.getpid()}.{uuid4().hex[:8]}")
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        raw = save(whole, {_CHECKSUM: _checksum(whole, key)})
         try:  # no fsync: after a power cut a hollow entry fails its checksum and is made again
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(save(whole, {_CHECKSUM: _checksum(whole, key)}))
+            self._space.claim()
+            aside.write_bytes(raw)
             os.replace(aside, path)
+            over = self._space.grown(len(raw))
         except OSError as error:
             self._writable = False
             self._say(f"cache {self.root} cannot be written ({error.strerror}); going on without it")
             _forget(aside)
+        else:
+            if over:
+                self._say(over)
+
+    def close(self) -> None:
+        """Say that this run needs none of its entries any more; it may be used further."""
+        self._space.release()
 
     def _path(self, key: str) -> Path:
         return self.root / key[:2] / f"{key}.safetensors"

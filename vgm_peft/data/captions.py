@@ -1,11 +1,14 @@
 """Captions: the text that belongs to a picture, from a file beside it or from a row of `metadata.jsonl`.
 
-A caption file is named after its picture, `a.txt` or `a.caption` for `a.png`; `a.png.txt` is understood too and settles
-which of `a.png` and `a.jpg` is meant. Rows of `metadata.jsonl` are those of Hugging Face image folders: `file_name`,
-`text`, and optionally `control` (or `conditioning_image`), a picture that steers, and `repeats`.
+A caption file is named after its picture, `a.txt`, `a.caption` or `a.json` for `a.png`; `a.png.txt` is understood too and
+settles which of `a.png` and `a.jpg` is meant. A `.json` holds the text alone or as the value of `text`, `caption` or
+`prompt`. Rows of `metadata.jsonl` are those of Hugging Face image folders: `file_name`, `text`, and optionally `control`
+(or `conditioning_image`), a picture that steers, `mask`, a picture that is white where it counts, and `repeats`.
 """
 
 import json
+import random
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +18,13 @@ from typing import cast
 from vgm_peft.data.pictures import shown
 from vgm_peft.errors import DataError, nearest
 
-SUFFIXES = frozenset({".txt", ".caption"})
+SUFFIXES = frozenset({".txt", ".caption", ".json"})
 METADATA = "metadata.jsonl"
 MAX_CHARACTERS = 10_000
 
 _CONTROL = ("control", "conditioning_image", "control_file_name", "conditioning_image_file_name")
-_KNOWN = ("file_name", "text", "repeats", *_CONTROL)
+_KNOWN = ("file_name", "text", "mask", "repeats", *_CONTROL)
+_TEXT = ("text", "caption", "prompt")
 _MAX_REPEATS = 10_000
 # Overrides that make a text read otherwise than it is written (CVE-2021-42574).
 _BIDI = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
@@ -34,11 +38,15 @@ class Row:
     file_name: str
     text: str | None
     control: str | None
+    mask: str | None
     repeats: int
 
 
 def read_caption(path: Path) -> str:
-    """Return the caption in a file, its lines joined by blanks. Raises `DataError` (its text begins with the file's name)."""
+    """Return the caption in a file, its lines joined by blanks: empty where it holds none.
+
+    Raises `DataError` (its text begins with the file's name).
+    """
     name = shown(path.name)
     try:
         if path.stat().st_size > 4 * MAX_CHARACTERS:
@@ -48,7 +56,26 @@ def read_caption(path: Path) -> str:
         raise DataError(f"{name} is not UTF-8 text (byte {error.start})", fix="save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"{name} cannot be opened ({error.strerror})", fix="check the file and its permissions") from None
-    return clean(text, name)
+    return clean(_of_json(text, name) if path.suffix.lower() == ".json" else text, name)
+
+
+def _of_json(text: str, where: str) -> str:
+    """Return the caption in a `.json` file."""
+    expected = '{"text": "..."}'
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error})", expected=expected) from None
+    if isinstance(value, dict):
+        table = cast(Mapping[str, object], value)
+        given = [key for key in _TEXT if key in table]
+        if len(given) != 1:
+            what = f"names {' and '.join(given)}" if given else f"has none of {', '.join(_TEXT)}"
+            raise DataError(f"{where} {what}", expected=expected)
+        value = table[given[0]]
+    if not isinstance(value, str):
+        raise DataError(f"{where} holds no text", expected=expected)
+    return value
 
 
 def clean(text: str, where: str) -> str:
@@ -57,8 +84,6 @@ def clean(text: str, where: str) -> str:
     bad = next((c for c in caption if c in _BIDI or unicodedata.category(c) == "Cc" and c != "\t"), None)
     if bad is not None:
         raise DataError(f"{where} holds the invisible character U+{ord(bad):04X}", fix="remove it from the caption")
-    if not caption:
-        raise DataError(f"{where} is an empty caption", fix="write a caption, or remove it")
     if len(caption) > MAX_CHARACTERS:
         raise DataError(f"{where} is too long", expected=f"a caption of at most {MAX_CHARACTERS} characters")
     return caption
@@ -120,7 +145,8 @@ def _row(table: Mapping[str, object], number: int, where: str) -> Row:
     if type(repeats) is not int or not 1 <= repeats <= _MAX_REPEATS:
         raise DataError(f'{where}: "repeats" is {json.dumps(repeats)}', expected=f"a whole number, 1 to {_MAX_REPEATS}")
     caption = None if text is None else clean(text, f'{where}, "text"')
-    return Row(number, name, caption, _path(table, given[0], where) if given else None, repeats)
+    control = _path(table, given[0], where) if given else None
+    return Row(number, name, caption, control, _path(table, "mask", where), repeats)
 
 
 def _path(table: Mapping[str, object], key: str, where: str) -> str | None:
@@ -133,6 +159,33 @@ def _path(table: Mapping[str, object], key: str, where: str) -> str | None:
     if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
         raise DataError(f'{where}: "{key}" is {json.dumps(value)}', expected="a file inside the image folder")
     return path.as_posix()
+
+
+def names_word(caption: str, word: str) -> bool:
+    """Say whether a word stands in a caption, by itself."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption) is not None
+
+
+def triggered(caption: str, trigger: str) -> str:
+    """Return a caption that begins with the trigger word, unless that stands in it somewhere."""
+    if names_word(caption, trigger):
+        return caption
+    return f"{trigger}, {caption}" if caption else trigger
+
+
+def orders(caption: str, count: int, kept: int) -> tuple[str, ...]:
+    """Return a caption with its tags (what stands between commas) in up to `count` orders, as written first.
+
+    The first `kept` tags stay where they are. The orders depend on the caption alone, so the cache can keep them all.
+    """
+    tags = [tag.strip() for tag in caption.split(",")]
+    head, tail = tags[:kept], tags[kept:]
+    out = [caption]
+    for number in range(1, count):
+        mixed = list(tail)
+        random.Random(f"{caption}/{number}").shuffle(mixed)
+        out.append(", ".join((*head, *mixed)))
+    return tuple(dict.fromkeys(out))
 
 
 def suggestion(name: str, known: list[str]) -> str:

@@ -7,9 +7,12 @@ bit, and then what a run learns would depend on which of its pictures happened t
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache as once
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +20,13 @@ from torch import Tensor, nn
 
 from vgm_peft.data.buckets import Crop, Sizes, load_pixels
 from vgm_peft.data.cache import Cache, key_of, update_with
+from vgm_peft.data.faults import Tell
 from vgm_peft.data.report import Example
 from vgm_peft.errors import BaseModelError
 from vgm_peft.family import Base, Condition, Posterior
 
-Progress = Callable[[int, int], None]
-"""Called with the number done and the number in all."""
+LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "pillow", "numpy")
+"""Whose versions decide what a picture or a prompt becomes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def encode_images(
     cache: Cache,
     *,
     flip: bool = False,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> list[Encoded]:
     """Return the encoded pictures in order, `flip`ped left to right if asked, from the cache or by the base's VAE.
 
@@ -61,7 +65,8 @@ def encode_images(
         for done, (example, crop) in enumerate(zip(examples, crops, strict=True), 1):
             sizes = crop.sizes(flip)
             key = key_of("posterior", example.digest, *crop.scaled, *sizes, int(flip), *seal)
-            found = cache.get(key, _is_posterior) if seal else None
+            side = (crop.target[1] // base.latent_factor, crop.target[0] // base.latent_factor)
+            found = cache.get(key, lambda entry, side=side: _is_posterior(entry, side)) if seal else None
             if found is None:
                 found = _encode_image(base, example, crop, flip)
                 if seal:
@@ -111,7 +116,22 @@ def _seal(base: Base, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
         return ()
     own = [f"{name}={digest_of(module)}" for name, module in sorted(modules.items())]
     types = [f"{next(m.parameters()).dtype} {next(m.parameters()).device.type}" for m in modules.values()]
-    return (base.family.name, _settings(base.pipe.config), torch.__version__, *own, *types)
+    return (base.family.name, _settings(base.pipe.config), code_version(), *own, *types)
+
+
+@once
+def code_version() -> str:
+    """Return SHA-256 over the code that makes values of pictures and prompts, and the versions of the libraries it calls.
+
+    So that nothing made by other code is ever taken for this code's, and nobody has to remember to say that it changed.
+    """
+    package = Path(__file__).parents[1]
+    files = [package / "family.py", *sorted((package / "families").glob("*.py"))]
+    files += [package / "data" / name for name in ("pictures.py", "buckets.py", "encode.py")]
+    digest = hashlib.sha256(" ".join(f"{name} {version(name)}" for name in LIBRARIES).encode())
+    for file in files:
+        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _hooked(root: nn.Module) -> bool:
@@ -141,7 +161,7 @@ def _encode_image(base: Base, example: Example, crop: Crop, flip: bool) -> dict[
     pixels = load_pixels(example, crop, flip).to(weight.device, weight.dtype)
     posterior = base.family.encode_image(base, pixels[None])
     found = {"mean": posterior.mean[0].float().cpu(), "std": posterior.std[0].float().cpu()}
-    if not _is_posterior(found):
+    if not _is_posterior(found, tuple(found["mean"].shape[1:])):
         raise BaseModelError(
             f"the VAE of {base.source} gives values that are not finite for {example.path.name} in {weight.dtype}",
             fix="load the base in float32 or bfloat16",
@@ -160,13 +180,19 @@ def _encode_prompt(base: Base, caption: str) -> dict[str, Tensor]:
     return found
 
 
-def _is_posterior(found: Mapping[str, Tensor]) -> bool:
+def _is_posterior(found: Mapping[str, Tensor], side: tuple[int, ...]) -> bool:
     mean, std = found.get("mean"), found.get("std")
-    return mean is not None and std is not None and mean.dim() == 3 and mean.shape == std.shape and _finite(found)
+    if mean is None or std is None or len(found) != 2 or mean.dim() != 3 or mean.shape != std.shape:
+        return False
+    return (
+        tuple(mean.shape[1:]) == side and mean.dtype == std.dtype == torch.float32 and _finite(found) and bool((std >= 0).all())
+    )
 
 
 def _is_condition(found: Mapping[str, Tensor]) -> bool:
     hidden = found.get("hidden")
+    if not set(found) <= {"hidden", "pooled"}:
+        return False
     return hidden is not None and hidden.dim() == 3 and len(hidden) == 1 and _finite(found)
 
 

@@ -8,6 +8,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vgm_peft.data.faults import Faults
 from vgm_peft.data.pictures import shown
 from vgm_peft.errors import DataError
 
@@ -19,14 +20,16 @@ COMPANIONS = frozenset({"thumbs.db", "desktop.ini", "__macosx", "readme.md", "li
 class Listing:
     """The entries of a folder: `files` by their path relative to it (forward slashes), in sorted order."""
 
+    faults: Faults
     files: dict[str, Path] = field(default_factory=dict[str, Path])
     ignored: dict[str, str] = field(default_factory=dict[str, str])
-    faults: list[DataError] = field(default_factory=list[DataError])
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
+    """What is no plain file of this folder, with the reason; each is a fault as well."""
 
 
-def walk(folder: Path) -> Listing:
+def walk(folder: Path, faults: Faults) -> Listing:
     """List a folder and its subfolders. Raises `DataError` when it is not a folder or cannot be listed."""
-    listing = Listing()
+    listing = Listing(faults)
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise DataError(f"image folder {folder} {what}", expected="a folder of pictures")
@@ -38,9 +41,8 @@ def _walk(folder: Path, prefix: str, root: Path, listing: Listing) -> None:
     try:
         entries = sorted(os.scandir(folder), key=lambda e: e.name)
     except OSError as error:
-        listing.faults.append(
-            DataError(f"folder {shown(prefix or str(folder))} cannot be listed ({error.strerror})", fix="check its permissions")
-        )
+        what = f"folder {shown(prefix or str(folder))} cannot be listed ({error.strerror})"
+        listing.faults.add(what, "check its permissions")
         return
     for entry in entries:
         name = prefix + entry.name
@@ -55,7 +57,8 @@ def _walk(folder: Path, prefix: str, root: Path, listing: Listing) -> None:
             if fault is None:
                 listing.files[name] = Path(entry.path)
             else:
-                listing.faults.append(fault)
+                listing.faults.take(fault, "unreadable")
+                listing.left_out[name] = fault.what.removeprefix(f"{shown(name)} is ")
 
 
 def _fault(entry: os.DirEntry[str], name: str, root: Path) -> DataError | None:

@@ -1,96 +1,176 @@
-"""A folder of pictures -> captioned examples, with every file in it accounted for.
+"""Folders of pictures -> captioned examples, with every file in them accounted for.
 
-The rule is that nothing is skipped in silence: each file is an example, belongs to one (caption, control picture), is
+The rule is that nothing is skipped in silence: each file is an example, belongs to one (caption, control picture, mask), is
 ignored for a reason that the report states, or is a fault; and all faults are raised together, each with its cure.
 """
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from vgm_peft.data import pictures
+from vgm_peft.data.faults import Faults, Tell
+from vgm_peft.data.faults import names as listed
 from vgm_peft.data.folder import Listing, walk
+from vgm_peft.data.look import same_bytes, same_look
 from vgm_peft.data.pictures import Picture, shown
-from vgm_peft.data.plan import Plan
+from vgm_peft.data.plan import Plan, Source
 from vgm_peft.data.report import Example, Report
 from vgm_peft.errors import DataError
 
+_ONE_BY_ONE = {"tiny": f"use pictures of at least {pictures.MIN_SIDE} pixels a side", "animated": "save the frame you want"}
+_CURES = {
+    **_ONE_BY_ONE,
+    "transparent": "lay it on a background, or use the transparency as a mask: --set data.masks=alpha",
+    "profile": "save it with sRGB colours",
+}
+
 
 def scan(folder: Path, *, caption: str | None = None, require_captions: bool = False) -> Report:
-    """Account for every file of an image folder and return its examples, sorted by name.
+    """Account for every file of one folder; see `scan_all`."""
+    return scan_all([Source(folder=folder, caption=caption, require_captions=require_captions)])
 
-    `caption` is for pictures that have none of their own; without it captions are for all or for none, and with
-    `require_captions` for all. Pictures in subfolders are examples when `metadata.jsonl` names them. Every picture is
-    decoded once, in full. Raises one `DataError` that names every file that cannot be used and what to do about it.
+
+def scan_all(sources: Sequence[Source], allow: AbstractSet[str] = frozenset(), tell: Tell | None = None) -> Report:
+    """Account for every file of the folders and return their examples, sorted by folder and name.
+
+    Pictures in subfolders are examples when `metadata.jsonl` names them. Every picture is decoded once, in full. `allow`
+    are kinds of faults to go on in spite of. Raises one `DataError` that names every file that cannot be used and what to
+    do about it.
     """
-    listing = walk(folder)
-    plan = Plan(listing, caption, require_captions)
-    found = _examine(listing.files, [*plan.examples, *plan.controls.values()], listing.faults)
-    plan.check_controls(found)
-    if not plan.examples and not listing.faults:
-        listing.faults.append(DataError("there is no picture in it", expected="PNG, JPEG, WebP or BMP files"))
-    if listing.faults:
-        raise _together(folder, listing.faults)
-    examples = tuple(_example(name, listing, plan, found) for name in plan.examples)
-    notes = (*plan.notes, *_duplicates(plan.examples, found), *_by_note(found))
-    return Report(folder, examples, notes, tuple(listing.ignored.items()))
+    faults = Faults(allow)
+    plans = [Plan(walk(source.folder, faults), source) for source in sources]
+    files = [{name: plan.listing.files[name] for name in _wanted(plan)} for plan in plans]
+    examined = _examine([path for group in files for path in group.values()], tell)
+    founds = [
+        _sound(plan, {name: examined[path] for name, path in group.items()}) for plan, group in zip(plans, files, strict=True)
+    ]
+    for plan, found in zip(plans, founds, strict=True):
+        plan.complete(found)
+        plan.check_looks(found)
+        if not plan.examples and not faults.found:
+            faults.add("there is no picture in it", "put some there", expected="PNG, JPEG, WebP or BMP files")
+    labels = _labels(sources)
+    trained = {
+        f"{label}{n}": found[n] for label, p, found in zip(labels, plans, founds, strict=True) for n in p.examples if n in found
+    }
+    _repeated(trained, faults)
+    allowed = faults.settle(" and ".join(str(source.folder) for source in sources))
+    if not trained:
+        raise DataError(f"{sources[0].folder}: no picture is left", fix="allow less, or give whole pictures")
+    return _report(plans, founds, labels, allowed)
 
 
-def _examine(files: Mapping[str, Path], names: Iterable[str], faults: list[DataError]) -> dict[str, Picture]:
-    """Examine the pictures on a few threads (decoding leaves Python's lock alone), gathering the faults."""
+def _wanted(plan: Plan) -> list[str]:
+    return list(dict.fromkeys([*plan.examples, *plan.controls.values(), *plan.masks.values()]))
 
-    def one(name: str) -> Picture | DataError:
+
+def _examine(paths: Sequence[Path], tell: Tell | None) -> dict[Path, Picture | DataError]:
+    """Examine picture files on a few threads (hashing and decoding leave Python's lock alone)."""
+
+    def one(path: Path) -> Picture | DataError:
         try:
-            return pictures.examine(files[name])
+            return pictures.examine(path)
         except DataError as fault:
             return fault
 
-    unique = list(dict.fromkeys(names))
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    out: dict[Path, Picture | DataError] = {}
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit speaks
-        results = dict(zip(unique, pool.map(one, unique), strict=True))
-    faults += [fault for fault in results.values() if isinstance(fault, DataError)]
-    return {name: picture for name, picture in results.items() if isinstance(picture, Picture)}
+        for path, result in zip(paths, pool.map(one, paths), strict=True):
+            out[path] = result
+            if tell:
+                tell(len(out), len(paths))
+    return out
 
 
-def _example(name: str, listing: Listing, plan: Plan, found: Mapping[str, Picture]) -> Example:
-    picture, control = found[name], plan.controls.get(name)
+def _sound(plan: Plan, examined: Mapping[str, Picture | DataError]) -> dict[str, Picture]:
+    """The pictures that can be used, what is wrong with them noted; alike faults of pictures are told in one line."""
+    faults, alike = plan.faults, dict[tuple[str, str], list[str]]()
+    for name, result in examined.items():
+        if isinstance(result, DataError):
+            # Without its control or mask a picture would be another example: only whole pictures may be left out.
+            faults.take(result, "unreadable" if plan.parts[name] == "picture" else "")
+            plan.listing.left_out[name] = "cannot be read"
+            continue
+        for kind, what in result.faults if plan.parts[name] == "picture" else ():
+            if kind == "transparent" and plan.source.masks == "alpha":
+                continue
+            alike.setdefault((kind, what), []).append(shown(name))
+    for (kind, what), found in alike.items():
+        faults.add(f"{listed(found)} {what}", _CURES[kind], kind=kind)
+    return {name: result for name, result in examined.items() if isinstance(result, Picture)}
+
+
+def _repeated(trained: Mapping[str, Picture], faults: Faults) -> None:
+    fix = "keep one; to train one picture more often, give it repeats in metadata.jsonl"
+    for group in same_bytes(trained):
+        faults.add(f"the same picture more than once: {listed([shown(n) for n in group])}", fix, kind="duplicate")
+    for group in same_look(trained):
+        faults.add(f"pictures that look the same: {listed([shown(n) for n in group])}", fix, kind="near-duplicate")
+
+
+def _labels(sources: Sequence[Source]) -> list[str]:
+    """What names of files are told with: nothing where there is one folder, else the folder."""
+    if len(sources) == 1:
+        return [""]
+    heads = [source.folder.resolve().name for source in sources]
+    return [f"{head}{f' ({i + 1})' if heads.count(head) > 1 else ''}/" for i, head in enumerate(heads)]
+
+
+def _report(
+    plans: Sequence[Plan], founds: Sequence[Mapping[str, Picture]], labels: Sequence[str], allowed: tuple[str, ...]
+) -> Report:
+    examples: list[Example] = []
+    notes: list[str] = []
+    files: dict[str, str] = {}
+    for number, (plan, found, label) in enumerate(zip(plans, founds, labels, strict=True)):
+        examples += [replace(_example(name, plan, found), concept=number) for name in plan.examples if name in found]
+        notes += [f"{label and f'{label}: '}{note}" for note in (*plan.notes, *_by_note(plan, found))]
+        files |= {f"{label}{name}": part for name, part in _account(plan, found).items()}
+    return Report(tuple(plan.source.folder for plan in plans), tuple(examples), (*notes, *allowed), files)
+
+
+def _account(plan: Plan, found: Mapping[str, Picture]) -> dict[str, str]:
+    """Every file of a folder -> what became of it."""
+    listing: Listing = plan.listing
+    out = {name: f"ignored: {why}" for name, why in listing.ignored.items()}
+    out |= {name: plan.parts.get(name, "left out: plays no part") for name in listing.files}
+    out |= {name: f"left out: {why}" for name, why in listing.left_out.items()}
+    return dict(sorted(out.items()))
+
+
+def _example(name: str, plan: Plan, found: Mapping[str, Picture]) -> Example:
+    picture, files = found[name], plan.listing.files
+    control, mask = plan.controls.get(name, ""), plan.masks.get(name, "")
+    if plan.source.masks == "alpha" and picture.transparent:
+        mask = name
     return Example(
-        listing.files[name],
+        files[name],
         plan.texts[name],
         picture.width,
         picture.height,
         picture.digest,
-        listing.files[control] if control else None,
-        found[control].digest if control else "",
-        plan.rows[name].repeats if name in plan.rows else 1,
+        control=files[control] if control in found else None,
+        control_digest=found[control].digest if control in found else "",
+        repeats=(plan.rows[name].repeats if name in plan.rows else 1) * plan.source.repeats,
+        mask=files[mask] if mask in found else None,
+        mask_digest=found[mask].digest if mask in found else "",
     )
 
 
-def _duplicates(names: Iterable[str], found: Mapping[str, Picture]) -> list[str]:
-    same: dict[str, list[str]] = {}
-    for name in names:
-        same.setdefault(found[name].digest, []).append(shown(name))
-    return [f"the same picture more than once: {_short(group)}" for group in same.values() if len(group) > 1]
-
-
-def _by_note(found: Mapping[str, Picture]) -> list[str]:
+def _by_note(plan: Plan, found: Mapping[str, Picture]) -> list[str]:
     grouped: dict[str, list[str]] = {}
     for name, picture in found.items():
         for note in picture.notes:
             grouped.setdefault(note, []).append(shown(name))
-    return [f"{note}: {_short(names)}" for note, names in grouped.items()]
-
-
-def _short(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _together(folder: Path, faults: Sequence[DataError]) -> DataError:
-    if len(faults) == 1:
-        return DataError(f"{folder}: {faults[0].what}", expected=faults[0].expected, fix=faults[0].fix)
-    return DataError(f"{folder}: {len(faults)} things are wrong\n" + "\n".join(f"  {fault}" for fault in faults))
+    out = [f"{note}: {listed(names, 5)}" for note, names in grouped.items()]
+    if plan.source.masks == "alpha" and (whole := [shown(n) for n in plan.examples if n in found and not found[n].transparent]):
+        out.append(f"not transparent anywhere, so all of it counts: {listed(whole, 5)}")
+    return out

@@ -3,7 +3,7 @@
 A file is read once, hashed, and opened only by the decoders named here (pillow by itself knows over forty, some of which
 start other programs); its size is checked before the first pixel is decoded, and it is then decoded in full, since a
 picture cut in half opens without complaint. What would change the picture's looks silently is either done properly
-(EXIF rotation, colour profile, transparency, 16 bits) or refused.
+(EXIF rotation, colour profile, 16 bits) or a fault that the user may allow (transparency, animation).
 """
 
 import hashlib
@@ -25,6 +25,8 @@ MAX_PIXELS = 80_000_000
 """Width times height; below pillow's own limits, so that pillow never warns about what we accept."""
 MAX_BYTES = 256 * 2**20
 MIN_SIDE = 16
+LOOK = 16
+"""Side in pixels of the thumbnail by which pictures are compared."""
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _ORIENTATION = 0x0112
@@ -42,12 +44,24 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """What is known of a sound picture: its size in pixels once upright, SHA-256 of its bytes, and what deserves saying."""
+    """What is known of a readable picture."""
 
     width: int
     height: int
+    """Its size in pixels once upright."""
     digest: str
+    """SHA-256 of the file's bytes."""
+    look: bytes
+    """Its thumbnail, `LOOK` x `LOOK` RGB, by which near duplicates are found."""
     notes: tuple[str, ...] = ()
+    """What was done to it and deserves saying."""
+    faults: tuple[tuple[str, str], ...] = ()
+    """What the user may allow: the kind of fault (see `faults.KINDS`), and what is so."""
+
+    @property
+    def transparent(self) -> bool:
+        """Whether any of it can be seen through."""
+        return any(kind == "transparent" for kind, _ in self.faults)
 
 
 def examine(path: Path) -> Picture:
@@ -57,21 +71,21 @@ def examine(path: Path) -> Picture:
         raise DataError(f"{shown(path.name)} is empty (0 bytes)", fix="copy the picture again, or delete the file")
     try:
         image = _open(raw)
-        _check(image)
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
         image.load()
-        notes = _notes(image)
-        width, height = _upright(image).size
+        notes, faults = _traits(image)
+        upright = _upright(image)
+        look = _on_white(_eight_bits(upright)).resize((LOOK, LOOK), Image.Resampling.BOX, reducing_gap=2.0).tobytes()
     except Image.DecompressionBombError:
         raise DataError(f"{shown(path.name)} {_TOO_LARGE}", fix="save it smaller") from None
-    except _Refused as refusal:
-        raise DataError(f"{shown(path.name)} {refusal.what}", fix=refusal.fix) from None
     except Exception as error:  # whatever a decoder makes of a hostile file, the file is what is wrong
         raise DataError(
             f"{shown(path.name)} cannot be read as a picture ({_reason(error, raw)})",
             expected="a whole PNG, JPEG, WebP or BMP file",
             fix="copy or convert it again, or take it out of the folder",
         ) from None
-    return Picture(width, height, hashlib.sha256(raw).hexdigest(), notes)
+    return Picture(*upright.size, hashlib.sha256(raw).hexdigest(), look, notes, faults)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -94,19 +108,22 @@ def decode(raw: bytes) -> Image.Image:
     """Decode a file's bytes to an upright RGB picture: EXIF turned, alpha laid on white, colour profile brought to sRGB."""
     image = _open(raw)
     image.load()
-    profile = image.info.get("icc_profile")
-    image = _upright(image)
-    if image.mode.startswith("I;16"):  # pillow's own conversion clips 16 bits instead of scaling them
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if image.mode in ("PA", "LA", "La", "RGBa", "P") or "transparency" in image.info:
-        image = image.convert("RGBA")
-    alpha = image.getchannel("A") if image.mode == "RGBA" else None
-    colour = _to_srgb(image.convert("RGB") if alpha is not None else image, profile)
-    if alpha is None:
-        return colour
-    paper = Image.new("RGB", colour.size, "white")
-    paper.paste(colour, mask=alpha)
-    return paper
+    return _on_white(_eight_bits(_upright(image)), image.info.get("icc_profile"))
+
+
+def decode_mask(raw: bytes, alpha: bool) -> Image.Image:
+    """Decode a file's bytes to an upright mask, 8-bit grey: its transparency if `alpha` (255 throughout where it has none),
+    else how bright it is, with what can be seen through as black.
+    """
+    image = _open(raw)
+    image.load()
+    image = _eight_bits(_upright(image))
+    if image.mode != "RGBA":
+        return Image.new("L", image.size, 255) if alpha else image.convert("L")
+    if alpha:
+        return image.getchannel("A")
+    paper = Image.new("RGBA", image.size, "black")
+    return Image.alpha_composite(paper, image).convert("L")
 
 
 def shown(name: str) -> str:
@@ -114,39 +131,51 @@ def shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-class _Refused(Exception):
-    def __init__(self, what: str, fix: str) -> None:
-        super().__init__(what)
-        self.what, self.fix = what, fix
-
-
 def _open(raw: bytes) -> Image.Image:
     return Image.open(io.BytesIO(raw), formats=_FORMATS)
 
 
-def _check(image: Image.Image) -> None:
-    """Refuse by the header alone what must not be decoded."""
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _Refused(_TOO_LARGE, "save it smaller")
-    if min(width, height) < MIN_SIDE:
-        raise _Refused(f"has only {width} x {height} pixels", f"use a picture of at least {MIN_SIDE} pixels a side")
+def _traits(image: Image.Image) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """What is noted of a picture, and what is wrong with it."""
+    notes: list[str] = []
+    faults: list[tuple[str, str]] = []
+    if min(image.size) < MIN_SIDE:
+        faults.append(("tiny", f"has only {image.width} x {image.height} pixels"))
     # A phone's JPEG may carry a depth or gain map as a second frame (MPO); its first frame is the picture.
     frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
     if frames > 1:
-        raise _Refused(f"is an animation of {frames} frames", "save the frame you want as a still picture")
-
-
-def _notes(image: Image.Image) -> tuple[str, ...]:
-    notes: list[str] = []
+        faults.append(("animated", f"is an animation of {frames} frames"))
     if image.has_transparency_data and (image.convert("RGBA").getchannel("A").getextrema()[0] != 255):
-        notes.append("transparent parts become white")
+        faults.append(("transparent", "has transparent parts"))
     if _orientation(image) != 1:
         notes.append("turned upright as its EXIF data say")
     profile = image.info.get("icc_profile")
     if profile and not _is_srgb(profile):
-        notes.append("colour profile converted to sRGB" if _transform(image, profile) else "colour profile unusable, ignored")
-    return tuple(notes)
+        if _transform(image, profile):
+            notes.append("colour profile converted to sRGB")
+        else:
+            faults.append(("profile", "has a colour profile that is damaged or for other colours"))
+    return tuple(notes), tuple(faults)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return the picture with 8 bits a value, and with an alpha channel where any way of transparency is in it."""
+    if image.mode.startswith("I;16"):  # pillow's own conversion clips 16 bits instead of scaling them
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("PA", "LA", "La", "RGBa", "P") or "transparency" in image.info:
+        return image.convert("RGBA")
+    return image
+
+
+def _on_white(image: Image.Image, profile: bytes | None = None) -> Image.Image:
+    """Return a picture of `_eight_bits` as sRGB, what can be seen through on white."""
+    alpha = image.getchannel("A") if image.mode == "RGBA" else None
+    colour = _to_srgb(image.convert("RGB") if alpha is not None else image, profile)
+    if alpha is None:
+        return colour
+    paper = Image.new("RGB", colour.size, "white")
+    paper.paste(colour, mask=alpha)
+    return paper
 
 
 def _orientation(image: Image.Image) -> int:
@@ -182,7 +211,7 @@ def _transform(image: Image.Image, profile: bytes) -> ImageCms.ImageCmsTransform
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     transform = None if not profile or _is_srgb(profile) else _transform(image, profile)
     if transform is None:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # a copy costs half as much as decoding
     return cast(Image.Image, ImageCms.applyTransform(image, transform))
 
 

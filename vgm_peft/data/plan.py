@@ -1,40 +1,62 @@
-"""What each file of an image folder is for, judged by names and texts alone: picture, caption, control picture, or a fault."""
+"""What each file of an image folder is for, judged by names and texts: picture, caption, control, mask, or a fault."""
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from vgm_peft.data import captions, pictures
 from vgm_peft.data.captions import METADATA, Row, suggestion
+from vgm_peft.data.faults import names as listed
 from vgm_peft.data.folder import Listing
 from vgm_peft.data.pictures import Picture, shown
 from vgm_peft.errors import DataError
 
-CONTROL = "control"
-"""A subfolder of this name holds control pictures, each named like the picture that it steers."""
+CONTROL, MASKS = "control", "masks"
+"""Subfolders of these names hold control pictures and masks, each named like the picture that it belongs to."""
+Masks = Literal["off", "files", "alpha"]
+"""Where masks come from: nowhere, pictures of their own, or the transparency of the pictures."""
 _TABLES = frozenset({".json", ".jsonl", ".csv", ".parquet", ".yaml", ".yml", ".toml"})
+_MASK_ENDS = ("-masklabel", "_mask", "-mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A folder of pictures, and what is asked of it."""
+
+    folder: Path
+    caption: str | None = None
+    """For pictures that have none of their own; without it captions are for all or for none."""
+    require_captions: bool = False
+    require_controls: bool = False
+    masks: Masks = "off"
+    trigger: str = ""
+    """A word that every caption begins with, put there where it is not in it."""
+    repeats: int = 1
 
 
 class Plan:
-    """What each file is for, judged by names and texts alone; faults go to the listing."""
+    """What each file of one folder is for; what is wrong goes to the listing's faults."""
 
-    def __init__(self, listing: Listing, caption: str | None, required: bool) -> None:
-        self.listing, self.notes = listing, list[str]()
+    def __init__(self, listing: Listing, source: Source) -> None:
+        self.listing, self.source, self.faults = listing, source, listing.faults
+        self.notes = list[str]()
         names = [name for name in listing.files if _suffix(name) in pictures.SUFFIXES]
         self.pictures = {_key(name): name for name in names}
         self.rows = self._rows()
-        self.controls = self._controls(names)
-        steering = set(self.controls.values())
-        self.examples = [n for n in names if n in self.rows or ("/" not in n and n not in steering)]
-        self._used = {*self.examples, *steering, METADATA}
+        self.controls = self._companions(names, CONTROL, {n: r.control for n, r in self.rows.items() if r.control})
+        self.masks = self._masks(names)
+        beside = {*self.controls.values(), *self.masks.values()}
+        self.examples = [n for n in names if n in self.rows or ("/" not in n and n not in beside)]
+        self._used = {*self.examples, *beside, METADATA}
         self._used_folders = {n.partition("/")[0] for n in self._used if "/" in n}
+        self.parts: dict[str, str] = {METADATA: "metadata"} if METADATA in listing.files else {}
+        """File -> what it is, for all that play a part."""
+        self.parts |= dict.fromkeys(self.examples, "picture") | dict.fromkeys(self.controls.values(), "control")
+        self.parts |= dict.fromkeys(self.masks.values(), "mask")
         self.texts = self._texts()
         self._strangers()
-        self._complete(caption, required)
-
-    def _fault(self, what: str, fix: str, expected: str = "") -> None:
-        self.listing.faults.append(DataError(what, expected=expected, fix=fix))
 
     def _rows(self) -> dict[str, Row]:
         """Picture -> its row, for the rows whose picture is there."""
@@ -42,17 +64,20 @@ class Plan:
         if path is None:
             return {}
         rows, faults, unused = captions.read_metadata(path)
-        self.listing.faults += faults
+        for fault in faults:
+            self.faults.take(fault)
         if unused:
             self.notes.append(f"{METADATA}: columns not used: {', '.join(map(shown, sorted(unused)))}")
         out: dict[str, Row] = {}
         for row in rows:
             name = self._find(row.file_name, row.line)
             control = self._find(row.control, row.line) if row.control else None
+            mask = self._find(row.mask, row.line) if row.mask else None
             if name in out:
-                self._fault(f"{METADATA} lines {out[name].line} and {row.line} are both for {shown(name)}", "keep one of them")
+                lines = f"{METADATA} lines {out[name].line} and {row.line}"
+                self.faults.add(f"{lines} are both for {shown(name)}", "keep one of them")
             elif name:
-                out[name] = replace(row, file_name=name, control=control)
+                out[name] = replace(row, file_name=name, control=control, mask=mask)
         return out
 
     def _find(self, name: str, line: int) -> str | None:
@@ -60,27 +85,43 @@ class Plan:
         found = self.pictures.get(_key(name))
         if found is None:
             kind = "is no picture that we read" if name in self.listing.files else "is not in the folder"
-            self._fault(f"{METADATA} line {line}: {shown(name)} {kind}", suggestion(name, list(self.pictures.values())))
+            fix = suggestion(name, list(self.pictures.values())) or "correct the line, or delete it"
+            self.faults.add(f"{METADATA} line {line}: {shown(name)} {kind}", fix, kind="orphan")
         return found
 
-    def _controls(self, names: Sequence[str]) -> dict[str, str]:
-        """Picture -> its control picture, from rows and from the subfolder of that name."""
-        out = {name: row.control for name, row in self.rows.items() if row.control}
-        named = set(out.values())
-        inside = f"{CONTROL}/"
-        waiting = {_stem(n.removeprefix(inside)): n for n in names if n.startswith(inside) and n not in named}
-        if not waiting:
+    def _companions(self, names: Sequence[str], folder: str, named: Mapping[str, str]) -> dict[str, str]:
+        """Picture -> the picture that goes with it, as rows name it or from the subfolder."""
+        out, what = dict(named), "control picture" if folder == CONTROL else "mask"
+        taken, inside = {n for r in self.rows.values() for n in (r.control, r.mask) if n}, f"{folder}/"
+        waiting = {_stem(n.removeprefix(inside)): n for n in names if n.startswith(inside) and n not in taken}
+        if not waiting and not (self.source.require_controls or folder == MASKS):
             return out
         for name in names:
-            if "/" not in name and name not in out and name not in named:
-                control = waiting.pop(_stem(name), None)
-                if control is None:
-                    self._fault(f"{shown(name)} has no control picture", f"add {inside}{shown(name)}")
+            own = name in self.rows or ("/" not in name and name not in taken)
+            if own and name not in out:
+                beside = waiting.pop(_stem(name), None)
+                if beside is not None:
+                    out[name] = beside
                 else:
-                    out[name] = control
-        for control in waiting.values():
-            self._fault(f"{shown(control)} steers no picture", "name it like the picture it belongs to, or delete it")
+                    kind = "mask" if folder == MASKS else ""
+                    self.faults.add(f"{shown(name)} has no {what}", f"add {inside}{shown(name)}", kind=kind)
+        for left in waiting.values():
+            self.faults.add(
+                f"{shown(left)} is a {what} that belongs to no picture",
+                "name it like the picture it belongs to, or delete it",
+                kind="orphan",
+            )
         return out
+
+    def _masks(self, names: Sequence[str]) -> dict[str, str]:
+        """Picture -> its mask, where masks are files; masks that would not be used are a fault."""
+        named = {n: r.mask for n, r in self.rows.items() if r.mask}
+        if self.source.masks == "files":
+            return self._companions(names, MASKS, named)
+        if named:
+            what = f'{METADATA} names masks, but data.masks is "{self.source.masks}"'
+            self.faults.add(what, '--set data.masks=files, or take the column "mask" out', kind="stray")
+        return {}
 
     def _texts(self) -> dict[str, str]:
         """Picture -> its own caption, from files beside it and from rows."""
@@ -92,19 +133,26 @@ class Plan:
         for file in (n for n in self.listing.files if _suffix(n) in captions.SUFFIXES):
             owner = self._owner(file, owners)
             if owner is not None:
-                try:
-                    sources.setdefault(owner, []).append((file, captions.read_caption(self.listing.files[file])))
-                except DataError as fault:
-                    self.listing.faults.append(fault)
-                    sources.setdefault(owner, []).append((file, ""))
+                self.parts[file] = "caption"
+                sources.setdefault(owner, []).append((file, self._read(file)))
         for name, row in self.rows.items():
             if row.text is not None:
                 sources.setdefault(name, []).append((f"{METADATA} line {row.line}", row.text))
         for name, given in sources.items():
+            for place in (place for place, text in given if not text and place != _BROKEN):
+                self.faults.add(f"{shown(place)} is an empty caption", "write a caption, or remove it", kind="caption")
             if len({text for _, text in given}) > 1:
                 places = " and ".join(shown(file) for file, _ in given)
-                self._fault(f"{shown(name)} has more than one caption: {places}", "keep one of them")
-        return {name: given[0][1] for name, given in sources.items()}
+                self.faults.add(f"{shown(name)} has more than one caption: {places}", "keep one of them")
+        self._told = {name for name, given in sources.items() if not given[0][1]}
+        return {name: given[0][1] for name, given in sources.items() if given[0][1]}
+
+    def _read(self, file: str) -> str:
+        try:
+            return captions.read_caption(self.listing.files[file])
+        except DataError as fault:
+            self.faults.take(fault)
+            return _BROKEN
 
     def _owner(self, file: str, owners: Mapping[str, Sequence[str]]) -> str | None:
         """The picture a caption file belongs to; a caption without one, or with two to choose from, is a fault."""
@@ -114,10 +162,13 @@ class Plan:
         if found:
             both = " and ".join(map(shown, found))
             fix = f"name it {shown(PurePosixPath(found[0]).name)}{_suffix(file)} to say which"
-            self._fault(f"{shown(file)} could be the caption of {both}", fix)
+            self.faults.add(f"{shown(file)} could be the caption of {both}", fix)
         elif not self._foreign(file):
-            near = suggestion(file, self.examples) or "name it like its picture, or delete it"
-            self._fault(f"{shown(file)} is a caption without a picture", near)
+            if _suffix(file) == ".json" and not _holds_caption(self.listing.files[file]):
+                self._stranger(file)
+            else:
+                near = suggestion(file, self.examples) or "name it like its picture, or delete it"
+                self.faults.add(f"{shown(file)} is a caption without a picture", near, kind="orphan")
         return None
 
     def _foreign(self, name: str) -> bool:
@@ -135,43 +186,77 @@ class Plan:
             elif name not in self._used and _suffix(name) not in captions.SUFFIXES:
                 self._stranger(name)
         for top, count in folders.items():
-            fix = f"move its pictures up, give it as a folder of its own, or name its pictures in {METADATA}"
-            self._fault(f"{shown(top)}/ is a subfolder of {count} files that nothing names", fix)
+            what, fix = f"{shown(top)}/ is a subfolder of {count} files that nothing names", _SUBFOLDER
+            if top == MASKS:
+                what = f'{MASKS}/ holds {count} files, but data.masks is "{self.source.masks}"'
+                fix = "--set data.masks=files, or take the folder out"
+            self.faults.add(what, fix, kind="stray")
 
     def _stranger(self, name: str) -> None:
-        suffix = _suffix(name)
+        suffix, what, fix, kind = _suffix(name), "is neither a picture nor a caption", _NEITHER, "stray"
         if suffix in pictures.OTHER_PICTURES:
-            self._fault(f"{shown(name)} is in a format that is not read", "convert it to PNG, JPEG or WebP")
+            what, fix, kind = "is in a format that is not read", "convert it to PNG, JPEG or WebP", "unreadable"
         elif suffix in _TABLES:
-            fix = f'make it {METADATA} in the folder itself, one {{"file_name": ..., "text": ...}} a line, or take it out'
-            self._fault(f"{shown(name)} is a table that is not read", fix)
-        elif suffix not in pictures.SUFFIXES:
-            fix = "take it out of the folder; if it is a caption, name it like its picture with .txt"
-            self._fault(f"{shown(name)} is neither a picture nor a caption", fix)
-        elif not name.startswith(f"{CONTROL}/"):
-            self._fault(f"{shown(name)} lies in a subfolder and {METADATA} does not name it", "name it there, or move it")
+            what, fix = "is a table that is not read", _TABLE
+        elif suffix in pictures.SUFFIXES:
+            if name.startswith((f"{CONTROL}/", f"{MASKS}/")):
+                return  # told as what belongs to no picture
+            what, fix = f"lies in a subfolder and {METADATA} does not name it", "name it there, or move it"
+        self.faults.add(f"{shown(name)} {what}", fix, kind=kind)
 
-    def _complete(self, caption: str | None, required: bool) -> None:
-        """Fill in the common caption, or insist that captions are for all pictures or for none."""
-        missing = [name for name in self.examples if name not in self.texts]
+    def complete(self, found: Mapping[str, Picture]) -> None:
+        """Fill in the common caption, or insist that captions are for all pictures or for none; put the trigger in front.
+
+        `found` are the pictures that could be read.
+        """
+        source = self.source
+        missing = [n for n in self.examples if n not in self.texts and (n in found or "unreadable" not in self.faults.allow)]
         own = len(self.examples) - len(missing)
-        if caption is not None:
+        if source.caption is not None:
             if own:
                 rest = f"the other {len(missing)} get" if missing else "none gets"
-                self.notes.append(f'{own} of {len(self.examples)} pictures have captions of their own, {rest} "{caption}"')
-        elif missing and (required or own):
-            names = ", ".join(map(shown, missing))
-            example = PurePosixPath(missing[0]).with_suffix(".txt").name
-            self._fault(f"no caption for {names}", f"write one into a text file beside it ({shown(example)} for the first)")
-        self.texts |= dict.fromkeys(missing, caption or "")
+                self.notes.append(
+                    f'{own} of {len(self.examples)} pictures have captions of their own, {rest} "{source.caption}"'
+                )
+        elif missing and (source.require_captions or own):
+            untold = [shown(name) for name in missing if name not in self._told]
+            if untold:
+                example = PurePosixPath(missing[0]).with_suffix(".txt").name
+                fix = f"write one into a text file beside it ({shown(example)} for the first)"
+                self.faults.add(f"no caption for {listed(untold)}", fix, kind="caption")
+        self.texts |= dict.fromkeys(missing, source.caption or "")
+        if source.trigger:
+            self.texts = {name: captions.triggered(text, source.trigger) for name, text in self.texts.items()}
 
-    def check_controls(self, found: Mapping[str, Picture]) -> None:
-        """Insist that a control picture has the proportions of its picture (within 1 %)."""
-        for name, control in self.controls.items():
-            picture, steer = found.get(name), found.get(control)
-            if picture and steer and abs(picture.width * steer.height / (picture.height * steer.width) - 1) > 0.01:
-                what = f"{shown(control)} is {steer.width} x {steer.height}, {shown(name)} {picture.width} x {picture.height}"
-                self._fault(what, "make the control in the picture's proportions", expected="the same proportions")
+    def check_looks(self, found: Mapping[str, Picture]) -> None:
+        """Insist that controls and masks have the proportions of their pictures (within 1 %), and that no picture is a mask."""
+        for what, pairs in (("control", self.controls), ("mask", self.masks)):
+            for name, beside in pairs.items():
+                picture, other = found.get(name), found.get(beside)
+                if picture and other and abs(picture.width * other.height / (picture.height * other.width) - 1) > 0.01:
+                    sizes = f"{other.width} x {other.height}, {shown(name)} {picture.width} x {picture.height}"
+                    fix = f"make the {what} in the picture's proportions"
+                    self.faults.add(f"{shown(beside)} is {sizes}", fix, expected="the same proportions")
+        stems = {_stem(name) for name in self.examples}
+        for name in self.examples:
+            end = next((end for end in _MASK_ENDS if _stem(name).removesuffix(end) in stems - {_stem(name)}), None)
+            if end:
+                fix = f"move it to {MASKS}/ under the picture's name and --set data.masks=files, or give it another name"
+                self.faults.add(f"{shown(name)} is named like a mask, but would be trained as a picture", fix)
+
+
+_BROKEN = "\0"
+"""Stands for a caption that could not be read and has been told of."""
+_SUBFOLDER = f"move its pictures up, make it a [[concept]] of the recipe, or name its pictures in {METADATA}"
+_NEITHER = "take it out of the folder; if it is a caption, name it like its picture with .txt"
+_TABLE = f'make it {METADATA} in the folder itself, one {{"file_name": ..., "text": ...}} a line, or take it out'
+
+
+def _holds_caption(path: Path) -> bool:
+    try:
+        return bool(captions.read_caption(path))
+    except DataError:
+        return False
 
 
 def _key(name: str) -> str:

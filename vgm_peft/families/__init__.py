@@ -8,6 +8,7 @@ import torch
 
 from vgm_peft.errors import BaseModelError, ConfigError, nearest
 from vgm_peft.families.bases import load_base, toybox_folder
+from vgm_peft.families.outline import Outline, Size, outline_of, size_of
 from vgm_peft.families.sd15 import StableDiffusion
 from vgm_peft.families.sdxl import StableDiffusionXL
 from vgm_peft.family import Base, Family
@@ -15,7 +16,7 @@ from vgm_peft.family import Base, Family
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["TABLE", "family_named", "family_of", "load", "toybox_folder"]
+__all__ = ["TABLE", "Outline", "Size", "family_named", "family_of", "load", "outline", "size_of", "toybox_folder"]
 
 TABLE: Mapping[str, Family] = {family.name: family for family in (StableDiffusion(), StableDiffusionXL())}
 
@@ -53,3 +54,8 @@ def load(
     process). Raises `BaseModelError` when it cannot be found, read, recognised, or would bring code of its own.
     """
     return load_base(TABLE, source, dtype, device, digest)
+
+
+def outline(source: str | Path) -> Outline:
+    """Return what is known of a base, named as for `load`, before its weights are read. Raises `BaseModelError`."""
+    return outline_of(TABLE, source)

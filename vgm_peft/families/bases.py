@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from vgm_peft.errors import BaseModelError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TOYBOX = "toybox"
 SAMPLING = "sampling.json"
 """In a diffusers folder: how this base draws best, `{"guidance": 2.0}`. Ours to write and read; others pass it over."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _digests: dict[tuple[str, int, int], str] = {}
 
 
@@ -91,7 +91,7 @@ def _from_pretrained(family: Family, folder: Path, dtype: torch.dtype, variant: 
     try:
         with quiet():
             return build.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(
             f"{folder}: cannot be loaded ({first_line(error)})", fix="fetch or copy the folder anew"
         ) from error
@@ -122,14 +122,14 @@ def _variant(folder: Path) -> str | None:
 
 def _download(families: Mapping[str, Family], name: str) -> Path:
     """Bring a hub model into the local cache, safetensors only, and return its folder; what it is is judged first."""
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise BaseModelError(
             f'base "{name}": no such file or folder',
             expected="toybox, a diffusers folder, a .safetensors file, or a hub id (stabilityai/stable-diffusion-xl-base-1.0)",
         )
     import diffusers
 
-    family = family_of_index(families, read_json(_fetch_index(name)), Path(name))
+    family = family_of_index(families, read_json(fetch_config(name)), Path(name))
     build: Any = getattr(diffusers, family.pipelines[0])
     try:
         return Path(build.download(name, use_safetensors=True, **family.loading))
@@ -141,15 +141,16 @@ def _download(families: Mapping[str, Family], name: str) -> Path:
         ) from error
 
 
-def _fetch_index(name: str) -> Path:
+def fetch_config(name: str, file: str = "model_index.json") -> Path:
+    """Bring one configuration of a hub model into the local cache. Raises `BaseModelError`."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(name, "model_index.json"))
+        return Path(hf_hub_download(name, file))
     except (OSError, ValueError, EntryNotFoundError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise BaseModelError(f"{name}: has no model_index.json", expected="a model in diffusers' layout") from error
+            raise BaseModelError(f"{name}: has no {file}", expected="a model in diffusers' layout") from error
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise BaseModelError(
             f"{name}: neither in the local cache nor reachable{offline}: {first_line(error)}",

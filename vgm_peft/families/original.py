@@ -6,7 +6,8 @@ components' configurations, as in any diffusers folder) takes precedence, for ba
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +27,25 @@ UNET = "model.diffusion_model."
 
 def load_file(families: Mapping[str, Family], path: Path, dtype: torch.dtype) -> "DiffusionPipeline":
     """Load a single-file checkpoint. Raises `BaseModelError` when it is none, or of no known family."""
+    with configured(families, path) as (family, configuration):
+        return _convert(family, path, configuration, dtype)
+
+
+@contextmanager
+def configured(families: Mapping[str, Family], path: Path) -> Generator[tuple[Family, Path]]:
+    """Find the family of a single-file checkpoint, and a folder with its configurations; no weight is read."""
     if path.suffix in PICKLED:
         raise BaseModelError(f"{path}: pickled weights are never read", expected="a .safetensors file", fix=CONVERT)
     shapes, metadata = _header(path)
     beside = path.with_suffix("")
     if (beside / "model_index.json").is_file():
-        return _convert(family_of_folder(families, beside), path, beside, dtype)
+        yield family_of_folder(families, beside), beside
+        return
     with tempfile.TemporaryDirectory() as folder:
         for family in families.values():
             if family.configure(shapes, metadata, Path(folder)):
-                return _convert(family, path, Path(folder), dtype)
+                yield family, Path(folder)
+                return
     raise BaseModelError(f"{path}: {_guess(shapes)}", expected="a whole checkpoint of one of " + ", ".join(families))
 
 

@@ -1,15 +1,13 @@
 """Checkpoints from which a run goes on exactly: the same bytes at the end as if it had never stopped.
 
-A checkpoint is a folder `step-000100` of two files, `state.safetensors` (parameters, optimiser state, moving average) and
-`state.json` (the step, what is no tensor, and the SHA-256 of the first file). It is written aside, synced and renamed, so
-a half-written one never has the name of a whole one. Chance needs no saving (see `task.Turn`), nor do rates (`optim`).
+A checkpoint is a folder `step-000100` of three files: `state.safetensors` (parameters, optimiser state, moving average),
+`state.json` (the step and all that is no tensor) and, written last, `manifest.json`: size and SHA-256 of the other two and
+of itself. The folder is written aside, synced and renamed, so a half-written one never has the name of a whole one; and it
+loses that name before it is removed. Chance needs no saving (see `task.Turn`), nor do rates (`optim`).
 """
 
-import hashlib
-import json
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,13 +16,24 @@ from torch import Tensor, nn
 
 from vgm_peft.errors import TrainError, VgmError
 from vgm_peft.formats.canonical import open_header, read_tensors, save_file
-from vgm_peft.train.durable import folder_aside, write_text
+from vgm_peft.train.durable import folder_aside, remove_folder, sweep
+from vgm_peft.train.origin import Origin, demand_same
+from vgm_peft.train.seal import check, read_facts, seal, write_facts
 
 if TYPE_CHECKING:
-    from vgm_peft.train.optim import MovingAverage
+    from vgm_peft.train.optim import Average
 
-VERSION = 1
+VERSION = 2
 TENSORS, FACTS = "state.safetensors", "state.json"
+
+
+@dataclass
+class Best:
+    """The step with the lowest held-out loss so far, and how many measurements since were no better."""
+
+    step: int
+    loss: float
+    worse: int = 0
 
 
 @dataclass
@@ -34,53 +43,68 @@ class State:
     parameters: Mapping[str, nn.Parameter]
     """By name, in the order of the optimiser's groups."""
     optimiser: torch.optim.Optimizer
-    average: "MovingAverage"
+    average: "Average"
     scaler: "torch.amp.grad_scaler.GradScaler | None" = None
     """fp16 only."""
     step: int = 0
     """Steps done."""
-    origin: Mapping[str, object] | None = None
+    waiting: set[str] = field(default_factory=set[str])
+    """Names of the units whose gradients have been nothing but zeros so far."""
+    best: Best | None = None
+    origin: Origin | None = None
     """What the run is made from (configuration, data and base digests); a checkpoint of another origin is refused."""
 
 
 def save(root: Path, state: State, keep: int) -> Path:
     """Write a checkpoint under `root`, then remove the oldest until `keep` are left. Raises `SaveError`."""
-    tensors, numbers = _capture(state)
     folder = root / f"step-{state.step:06d}"
     if folder.exists():
         if _whole(folder):  # saved before; the same step of the same run holds the same bytes
             return folder
-        shutil.rmtree(folder)
+        remove_folder(folder)
+    sweep(root)
+    tensors, facts = _capture(state)
     with folder_aside(folder) as aside:
         save_file(tensors, aside / TENSORS)
-        facts = {
-            "version": VERSION,
-            "step": state.step,
-            "sha256": _digest(aside / TENSORS),
-            "numbers": numbers,
-            "scaler": None if state.scaler is None else state.scaler.state_dict(),
-            "origin": state.origin,
-        }
-        write_text(aside / FACTS, json.dumps(facts, indent=1, sort_keys=True) + "\n")
-    for old in _newest_first(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        write_facts(aside / FACTS, facts)
+        seal(aside, VERSION, state.step)
+    # Later ones can only be damaged ones that this run went back behind: they count for nothing and are overwritten yet.
+    for old in [p for p in _newest_first(root) if _step(p) <= state.step][keep:]:
+        remove_folder(old)
     return folder
 
 
-def restore(root: Path, state: State, notice: Callable[[str], None]) -> None:
-    """Bring `state` to the newest whole checkpoint under `root`; say by `notice` which ones were passed over and why.
+def restore(root: Path, state: State, notice: Callable[[str], None]) -> Path | None:
+    """Bring `state` to the newest whole checkpoint under `root`, and return it; `notice` hears of those passed over.
 
-    Raises `TrainError` when there is none, or when it belongs to a run of another origin.
+    A run that was stopped before its first checkpoint begins again: `None`. Raises `TrainError` when all there are are
+    damaged, or when the newest whole one belongs to a run of another origin.
     """
-    for folder in _newest_first(root):
+    found = _newest_first(root)
+    if not found:
+        notice("there is no checkpoint yet: the run begins again")
+        return None
+    for folder in found:
         try:
             facts, tensors = _read(folder)
-        except (OSError, ValueError, KeyError, VgmError) as error:
+        except (OSError, ValueError, KeyError, TypeError, VgmError) as error:
             notice(f"checkpoint {folder.name} is passed over: {error}")
             continue
-        _check_origin(folder, cast(Mapping[str, object], facts["origin"]), state.origin or {})
+        demand_same(folder, cast(Origin, facts["origin"]), state.origin or {})
+        if facts["torch"] != torch.__version__:
+            notice(f"torch was {facts['torch']} and is {torch.__version__}: the result may differ in its last digits")
         _apply(folder, state, facts, tensors)
-        return
+        return folder
+    raise TrainError(f"{root} holds no whole checkpoint", fix="start the run anew in another folder (--output)")
+
+
+def apply_parameters(root: Path, state: State) -> int:
+    """Give the parameters (and their average) alone the values of the newest checkpoint under `root`; return its step."""
+    for folder in _newest_first(root):
+        if _whole(folder):
+            _, tensors = _read(folder)
+            _put(folder, state, tensors)
+            return _step(folder)
     raise TrainError(f"{root} holds no whole checkpoint", fix="start the run anew in another folder (--output)")
 
 
@@ -90,73 +114,80 @@ def _capture(state: State) -> tuple[dict[str, Tensor], dict[str, object]]:
     for name, parameter in state.parameters.items():
         for key, value in state.optimiser.state.get(parameter, {}).items():
             (tensors if isinstance(value, Tensor) else numbers)[f"optimiser/{name}/{key}"] = value
+    groups: list[dict[str, object]] = []
+    for number, group in enumerate(state.optimiser.param_groups):
+        groups.append({k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)})
+        tensors |= {f"group/{number}/{k}": v for k, v in group.items() if isinstance(v, Tensor)}
     for name, shadow in zip(state.parameters, state.average.shadow, strict=bool(state.average.shadow)):
         tensors[f"average/{name}"] = shadow
-    return tensors, numbers
+    away = next(iter(state.parameters.values())).device.type
+    facts: dict[str, object] = {
+        "step": state.step,
+        "numbers": numbers,
+        "groups": groups,
+        "on_cpu": sorted(name for name, t in tensors.items() if t.device.type == "cpu" != away),
+        "scaler": None if state.scaler is None else state.scaler.state_dict(),
+        "waiting": sorted(state.waiting),
+        "best": None if state.best is None else vars(state.best),
+        "torch": torch.__version__,
+        "origin": state.origin,
+    }
+    return tensors, facts
+
+
+def _apply(folder: Path, state: State, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    _put(folder, state, tensors)
+    for name, value in [*tensors.items(), *facts["numbers"].items()]:
+        if not name.startswith("optimiser/"):
+            continue
+        owner, key = name.removeprefix("optimiser/").rsplit("/", 1)
+        parameter = state.parameters[owner]
+        if isinstance(value, Tensor) and name not in facts["on_cpu"]:
+            value = value.to(parameter.device)
+        state.optimiser.state[parameter][key] = value  # `load_state_dict` would turn 8-bit states into float32
+    for number, (group, values) in enumerate(zip(state.optimiser.param_groups, facts["groups"], strict=True)):
+        group |= {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in values.items()}
+        for key in [k for k, v in group.items() if isinstance(v, Tensor)]:
+            group[key] = tensors[f"group/{number}/{key}"].to(group[key].device)
+    if state.scaler is not None:
+        state.scaler.load_state_dict(facts["scaler"])
+    state.step, state.waiting = int(facts["step"]), set(facts["waiting"])
+    state.best = None if facts["best"] is None else Best(**facts["best"])
 
 
 @torch.no_grad()
-def _apply(folder: Path, state: State, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+def _put(folder: Path, state: State, tensors: Mapping[str, Tensor]) -> None:
     fresh, _ = _capture(state)
-    wanted = {name for name in fresh if not name.startswith("optimiser/")}
-    found = {name for name in tensors if not name.startswith("optimiser/")}
+    own = ("parameter/", "average/")
+    wanted = {name for name in fresh if name.startswith(own)}
+    found = {name for name in tensors if name.startswith(own)}
     if wanted != found or any(fresh[n].shape != tensors[n].shape for n in wanted):
         odd = sorted(wanted ^ found) or [n for n in sorted(wanted) if fresh[n].shape != tensors[n].shape]
         raise TrainError(f"{folder}: does not fit this run (first: {odd[0]})", fix="resume with the run's own run.toml")
     for name in wanted:
         fresh[name].copy_(tensors[name])
-    saved: dict[str, dict[str, object]] = {}
-    for name, value in [*tensors.items(), *facts["numbers"].items()]:
-        if name.startswith("optimiser/"):
-            parameter, key = name.removeprefix("optimiser/").rsplit("/", 1)
-            saved.setdefault(parameter, {})[key] = value
-    order = {name: number for number, name in enumerate(state.parameters)}
-    table = state.optimiser.state_dict()
-    state.optimiser.load_state_dict({**table, "state": {order[name]: values for name, values in saved.items()}})
-    if state.scaler is not None:
-        state.scaler.load_state_dict(facts["scaler"])
-    state.step = int(facts["step"])
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    if facts["version"] != VERSION:
-        raise ValueError(f"it is of version {facts['version']}, expected {VERSION}")
-    if _digest(folder / TENSORS) != facts["sha256"]:
-        raise ValueError("its bytes are not those that were written")
-    return facts, read_tensors(open_header(folder / TENSORS))
+    """Read a checkpoint whose every byte is as it was written. Raises `ValueError`, `OSError` or `VgmError`."""
+    check(folder, (TENSORS, FACTS), VERSION, _step(folder))
+    return read_facts(folder / FACTS), read_tensors(open_header(folder / TENSORS))
 
 
 def _whole(folder: Path) -> bool:
     try:
-        _read(folder)
-    except (OSError, ValueError, KeyError, VgmError):
+        check(folder, (TENSORS, FACTS), VERSION, _step(folder))
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     return True
 
 
-def _check_origin(folder: Path, saved: Mapping[str, object], now: Mapping[str, object]) -> None:
-    changed = [key for key in sorted({*saved, *now}) if saved.get(key) != now.get(key)]
-    if changed:
-        key = changed[0]
-        raise TrainError(
-            f"{folder.parent.parent.name}: {key} was {saved.get(key)!r} and is now {now.get(key)!r}",
-            expected="the run that is resumed, unchanged",
-            fix="set it back, or start a new run",
-        )
-
-
 def _newest_first(root: Path) -> list[Path]:
-    """The checkpoints under `root`, by step; what is half-written has another name."""
+    """The checkpoints under `root`, by step and not by time; what is half-written has another name."""
     if not root.is_dir():
         return []
-    return sorted((p for p in root.glob("step-*") if p.name.removeprefix("step-").isdigit()), key=_step, reverse=True)
+    return sorted((p for p in root.glob("step-*") if p.name.removeprefix("step-").isdecimal()), key=_step, reverse=True)
 
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

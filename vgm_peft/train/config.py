@@ -5,13 +5,15 @@ every value spelt out, so that the `run.toml` in a run's folder repeats the run.
 (`task.token`, `delta.rank`) is declared by that task or method and bound here without being named.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from vgm_peft.config import Table, build, to_table
 from vgm_peft.errors import ConfigError, nearest
+from vgm_peft.train.config_data import ConceptConfig, DataConfig, check_concepts
+from vgm_peft.train.config_learning import HeldOutConfig, LossConfig, OptimiserConfig
+from vgm_peft.train.limits import within
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -19,14 +21,7 @@ if TYPE_CHECKING:
     from vgm_peft.delta import Patch
     from vgm_peft.train.task import Task
 
-Schedule = Literal["constant", "linear", "cosine", "polynomial", "inverse_sqrt"]
 Precision = Literal["no", "bf16", "fp16"]
-
-
-def within(name: str, value: float, low: float, high: float) -> None:
-    """Raise `ConfigError` unless `low <= value <= high` (so never for what is not a number)."""
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ConfigError(f"{name} = {value}", expected=f"{low:g} .. {high:g}" if high < 1e4 else f"at least {low:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,78 +72,6 @@ class DeltaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """`[data]`: the pictures and how they become batches."""
-
-    images: str = ""
-    """The folder of pictures; captions stand beside them in `.txt` files or in `metadata.jsonl`."""
-    resolution: int = 0
-    """Side in pixels of the square whose area every bucket keeps; 0 is the size that the base was made for."""
-    buckets: bool = True
-    """Sort pictures by aspect into buckets of about the same area; off: one square, centre crop."""
-    batch: int = 1
-    """Pictures per micro-batch and process."""
-    flip: bool = False
-    """Mirror pictures at random. Off by default: text, faces and logos suffer."""
-    caption_dropout: float = 0.0
-    """Share of captions replaced by the empty one, 0 .. 1, which keeps guidance working in long runs (0.1 is usual)."""
-
-    def __post_init__(self) -> None:
-        within("resolution", self.resolution, 0, 16384)
-        within("batch", self.batch, 1, 65536)
-        within("caption_dropout", self.caption_dropout, 0.0, 1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimiserConfig:
-    """`[optimiser]`: how parameters follow their gradients."""
-
-    name: Literal["adamw"] = "adamw"
-    lr: float = 1e-4
-    """Learning rate at its peak."""
-    text_lr: float | None = None
-    """Learning rate of text encoders; `lr` when left out. Half of `lr` or less is usual."""
-    schedule: Schedule = "constant"
-    """How the rate goes from its peak to the end of the run."""
-    warmup: int = 0
-    """Steps in which the rate rises linearly from near 0 to its peak."""
-    weight_decay: float = 1e-2
-    """Decoupled decay (Loshchilov & Hutter 2019, arXiv 1711.05101), per unit of learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip: float = 1.0
-    """Largest norm of all gradients together; larger ones are scaled down to it. 0 is no limit."""
-
-    def __post_init__(self) -> None:
-        within("lr", self.lr, 0.0, 100.0)
-        within("text_lr", self.text_lr or 0.0, 0.0, 100.0)
-        within("warmup", self.warmup, 0, 10**9)
-        within("weight_decay", self.weight_decay, 0.0, 100.0)
-        within("eps", self.eps, 1e-16, 1.0)
-        within("clip", self.clip, 0.0, 1e9)
-        for name, beta in zip(("first", "second"), self.betas, strict=True):
-            within(f"the {name} of betas", beta, 0.0, 0.9999999)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """`[loss]`: the denoising objective."""
-
-    min_snr: float | None = None
-    """Gamma of the min-SNR weight (arXiv 2303.09556 eq. 8; 5 is usual): nearly clean steps count less. Left out: none."""
-    noise_offset: float = 0.0
-    """Noise that is the same all over a channel, as a share of the noise; 0.02 .. 0.1 helps very dark and bright pictures."""
-    zero_terminal_snr: bool | None = None
-    """Rescale the noise schedule so that the last step holds no picture (arXiv 2305.08891). Left out: as the base says."""
-    stratified: bool = False
-    """Spread the timesteps of a batch evenly over the schedule instead of drawing each alone: less noisy gradients."""
-
-    def __post_init__(self) -> None:
-        within("min_snr", 5.0 if self.min_snr is None else self.min_snr, 1e-6, 1e6)
-        within("noise_offset", self.noise_offset, 0.0, 10.0)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """`[compute]`: what the arithmetic costs; the trained parameters are float32 whatever stands here."""
 
@@ -169,13 +92,14 @@ class PreviewConfig:
     count: int = 2
     """Pictures each time, going round the prompts; 0 is no previews at all."""
     steps: int = 25
-    guidance: float = 5.0
+    guidance: float | None = None
+    """Classifier-free guidance, 0 .. 100; the base's own when left out."""
 
     def __post_init__(self) -> None:
         within("every", self.every, 0, 10**9)
         within("count", self.count, 0, 64)
         within("steps", self.steps, 1, 1000)
-        within("guidance", self.guidance, 0.0, 100.0)
+        within("guidance", self.guidance or 0.0, 0.0, 100.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,10 +136,13 @@ class RunConfig:
     exports: tuple[str, ...] = ()
     """Formats to write beside the native file, such as `kohya` and `diffusers`."""
     data: DataConfig = DataConfig()
+    concept: tuple[ConceptConfig, ...] = ()
+    """`[[concept]]`: several folders in place of `data.images`."""
     delta: DeltaConfig | None = None
     """Present when the task trains a delta; left out: the defaults."""
     optimiser: OptimiserConfig = OptimiserConfig()
     loss: LossConfig = LossConfig()
+    held_out: HeldOutConfig = HeldOutConfig()
     compute: ComputeConfig = ComputeConfig()
     preview: PreviewConfig = PreviewConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -225,12 +152,22 @@ class RunConfig:
         within("accumulation", self.accumulation, 1, 10**6)
         within("seed", self.seed, 0, 2**63 - 1)
         within("ema", self.ema, 0.0, 0.999999)
+        check_concepts(self.concept, self.data.images)
         if self.optimiser.warmup >= self.steps:
             raise ConfigError(
                 f"optimiser.warmup = {self.optimiser.warmup} of {self.steps} steps",
                 expected="fewer warm-up steps than steps",
                 fix="the rate would never reach its peak",
             )
+
+    @property
+    def concepts(self) -> tuple[ConceptConfig, ...]:
+        """The folders of pictures. Raises `ConfigError` when none is named."""
+        if self.concept:
+            return self.concept
+        if not self.data.images:
+            raise ConfigError("no pictures are named", expected="--images DIR (data.images)")
+        return (ConceptConfig(images=self.data.images),)
 
     def task_class(self) -> "type[Task[Any]]":
         """The task that `[task]` names."""

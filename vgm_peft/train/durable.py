@@ -1,7 +1,12 @@
-"""Writing small files and whole folders so that a crash or a full disk leaves either the old state or the new one."""
+"""Writing small files and whole folders so that a crash or a full disk leaves either the old state or the new one.
+
+What is half-written stands beside its place under a name that begins with a dot, so nothing ever reads it; what a killed
+process leaves of it is swept away by the next one that has the folder to itself.
+"""
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -9,17 +14,26 @@ from pathlib import Path
 
 from vgm_peft.errors import SaveError
 
+LEFTOVER = re.compile(r"\..*\.part|\..+\.[0-9a-f]{32}")
+"""Names of what is being written: ours, `formats.canonical`'s, and those of folders that are exchanged."""
+
 
 def write_text(path: Path, text: str) -> Path:
     """Write a text file aside, sync it, and rename it into place. Raises `SaveError`; the old file is then unharmed."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Write a file aside, sync it, and rename it into place. Raises `SaveError`; the old file is then unharmed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with saving(path):
         try:
-            with aside.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with aside.open("wb") as file:
+                file.write(data)
                 file.flush()
                 sync(file.fileno())
             os.replace(aside, path)
+            sync_folder(path.parent)
         finally:
             aside.unlink(missing_ok=True)
     return path
@@ -37,8 +51,28 @@ def folder_aside(folder: Path) -> Generator[Path]:
             sync_folder(aside)
             os.replace(aside, folder)
             sync_folder(folder.parent)
+            sync_folder(folder.parent.parent)  # its parent may be new as well
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, which loses its name first: a removal cut short leaves nothing that looks whole."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    with saving(folder):
+        os.replace(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written directly under a folder that is ours alone."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not LEFTOVER.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

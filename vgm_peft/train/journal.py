@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from vgm_peft.train.durable import saving
+from vgm_peft.train.durable import saving, sync, write_text
 
 METRICS = "metrics.jsonl"
 
@@ -25,6 +25,9 @@ class Taken:
     loss: float
     rate: float
     norm: float
+    held_out: float | None = None
+    """The held-out loss after the step, where it was measured."""
+    warnings: tuple[str, ...] = ()
 
 
 class Journal:
@@ -36,9 +39,10 @@ class Journal:
         self._file: TextIO | None = None
         self._events: _Events | None = None
         self._bar: Any = None
+        self.history: list[dict[str, Any]] = read_metrics(folder / METRICS, done)
+        """The lines of the steps that were done before."""
         if main:
-            with saving(folder / METRICS):
-                self._file = _continued(folder / METRICS, done)
+            self._file = _continued(folder / METRICS, self.history)
             self._events = _Events.open(folder / "tb", done)
             self._bar = _bar(done, steps)
         self._last = time.perf_counter()
@@ -49,14 +53,22 @@ class Journal:
         seconds, self._last = now - self._last, now
         if self._file is None:
             return
-        values = asdict(taken)
+        values = {name: value for name, value in asdict(taken).items() if value is not None and value != ()}
+        for warning in taken.warnings:
+            self.say(f"warning: step {step}: {warning}")
         with saving(self.folder / METRICS):
             self._file.write(json.dumps({"step": step, **values, "seconds": round(seconds, 4)}) + "\n")
             self._file.flush()
             if self._events is not None:
-                self._events.scalars(step, values)
+                self._events.scalars(step, {name: value for name, value in values.items() if isinstance(value, float)})
         self._bar.set_postfix_str(f"loss {taken.loss:.4f}, rate {taken.rate:.2g}", refresh=False)
         self._bar.update()
+
+    def settle(self) -> None:
+        """Bring all lines to the disk, so that no checkpoint is ever ahead of its record."""
+        if self._file is not None:
+            with saving(self.folder / METRICS):
+                sync(self._file.fileno())
 
     def say(self, text: str) -> None:
         """Print a line without spoiling the bar."""
@@ -79,19 +91,24 @@ def _bar(done: int, steps: int) -> Any:
     return tqdm(total=steps, initial=done, desc="training", unit="step", dynamic_ncols=True, mininterval=0.2)
 
 
-def _continued(path: Path, done: int) -> TextIO:
-    """Open the metrics for appending after the line of step `done`."""
-    lines: list[str] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if int(json.loads(line)["step"]) <= done:
-                    lines.append(line + "\n")
-            except (ValueError, KeyError, TypeError):  # a line cut short when the run was stopped
-                continue
-    file = path.open("w", encoding="utf-8", newline="\n")
-    file.writelines(lines)
-    return file
+def read_metrics(path: Path, done: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a record up to that of step `done`, or all; those cut short when a run was stopped are left out."""
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            said = json.loads(line)
+            if done is None or int(said["step"]) <= done:
+                lines.append(said)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return lines
+
+
+def _continued(path: Path, history: list[dict[str, Any]]) -> TextIO:
+    """Open the metrics for appending to what is kept of them; the old file is whole until the new one is."""
+    write_text(path, "".join(json.dumps(line) + "\n" for line in history))
+    with saving(path):
+        return path.open("a", encoding="utf-8", newline="\n")
 
 
 class _Events:

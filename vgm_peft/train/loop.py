@@ -1,4 +1,4 @@
-"""The training loop, on one page: batch, loss, backward, clip, step, average, log, preview, save.
+"""The training loop, on one page: batch, loss, backward, clip, step, average, measure, log, preview, save.
 
 It knows a `Task` and nothing else: not what is trained, on which base, or from which pictures. There are no hooks; what
 happens in a step stands here, in its order. Nothing random is carried from step to step (see `task.Turn`), so the state of
@@ -7,7 +7,7 @@ a run is exactly `checkpoint.State`.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,20 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from vgm_peft.errors import TrainError
+from vgm_peft.train import judge
 from vgm_peft.train.checkpoint import State
 from vgm_peft.train.checkpoint import save as save_checkpoint
 from vgm_peft.train.interrupt import Interrupt
 from vgm_peft.train.journal import Journal, Taken
-from vgm_peft.train.learned import demand_finite
-from vgm_peft.train.optim import MovingAverage, build_optimiser, set_rates
+from vgm_peft.train.learned import demand_finite, patience
+from vgm_peft.train.optim import MovingAverage, OwnAverage, set_rates
+from vgm_peft.train.optimisers import build_optimiser, kind_named
 from vgm_peft.train.preview import Previews
+from vgm_peft.train.probe import Probe
 from vgm_peft.train.task import Group, Setup, Task, Turn
+from vgm_peft.train.watch import Watch, unit_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from vgm_peft.train.config import RunConfig
 
+CHECKPOINTS = "checkpoints"
 MAX_OVERFLOWS = 24
 """Times that one fp16 step may overflow; the loss scale has then been halved from 2^16 to nothing."""
 
@@ -58,17 +63,33 @@ class Desk:
     trainee: nn.Module
     optimiser: torch.optim.Optimizer
     state: State
+    probe: Probe
+    watch: Watch
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where they are kept."""
+        return self.folder / CHECKPOINTS
+
+    @property
+    def best(self) -> Path:
+        """Where the best one is kept beside them."""
+        return self.checkpoints / "best"
 
 
 def set_up(task: Task[Any], setup: Setup, folder: Path) -> Desk:
     """Make the optimiser and what belongs to it, spread over the processes; the state is that before the first step."""
     config, accelerator, groups = setup.config, setup.accelerator, task.groups()
     parameters = {name: p for group in groups for name, p in group.parameters.items()}
-    module, optimiser = accelerator.prepare(Trainee(task, groups), build_optimiser(groups, config.optimiser))
-    average = MovingAverage(list(parameters.values()), config.ema)
-    state = State(parameters, optimiser, average, accelerator.scaler)
-    previews = Previews(task, setup, folder / "samples")
-    return Desk(config, accelerator, folder, previews, setup.notices, module, optimiser, state)
+    plain = build_optimiser(groups, config.optimiser)
+    module, optimiser = accelerator.prepare(Trainee(task, groups), plain)
+    values = list(parameters.values())
+    average = OwnAverage(values, plain) if kind_named(config.optimiser.name).averages else MovingAverage(values, config.ema)
+    waiting = {unit_of(name) for name in parameters}
+    state = State(parameters, optimiser, average, accelerator.scaler, waiting=waiting)
+    previews, probe = Previews(task, setup, folder / "samples"), Probe(task, config.seed, accelerator)
+    watch = Watch(parameters, patience(config))
+    return Desk(config, accelerator, folder, previews, setup.notices, module, optimiser, state, probe, watch)
 
 
 def run(desk: Desk) -> bool:
@@ -80,16 +101,21 @@ def run(desk: Desk) -> bool:
     with Journal(desk.folder, state.step, config.steps, main) as journal, Interrupt(desk.accelerator) as interrupt:
         for notice in desk.notices:
             journal.say(f"note: {notice}")
-        while state.step < config.steps:
+        desk.watch.replay(journal.history)
+        while state.step < config.steps and not judge.given_up(state, config.held_out):
             taken = take_step(desk)
-            journal.step(state.step, taken)
-
             last, stopped = state.step == config.steps, interrupt.asked()
+            if _due(config.held_out.every, state.step) or last and config.held_out.every:
+                taken = replace(taken, held_out=judge.measure(desk.probe, state, config.held_out, desk.best if main else None))
+            journal.step(state.step, replace(taken, warnings=desk.watch.step(state.step, taken, state.waiting)))
+
+            last = last or judge.given_up(state, config.held_out)
             if desk.previews.due(state.step) or last:
                 with state.average.in_place():
                     desk.previews.draw(state.step)
             if main and (stopped or _due(config.checkpoint.every, state.step) or last and config.checkpoint.every):
-                save_checkpoint(desk.folder / "checkpoints", state, config.checkpoint.keep)
+                journal.settle()
+                save_checkpoint(desk.checkpoints, state, config.checkpoint.keep)
             if stopped and not last:
                 journal.say(f"interrupted after step {state.step}; a checkpoint is saved")
                 return False
@@ -106,7 +132,9 @@ def take_step(desk: Desk) -> Taken:
         values = torch.stack([loss, norm.to(loss)]).tolist()
         overflow = state.scaler is not None and not math.isfinite(values[1])
         if not overflow:
-            demand_finite(*values, step=state.step)
+            finite = all(map(math.isfinite, values))
+            demand_finite(*values, step=state.step, culprits=() if finite else _culprits(desk))
+            desk.watch.gradients(state.waiting)
         desk.optimiser.step()
         desk.optimiser.zero_grad()
         if not overflow:
@@ -132,6 +160,16 @@ def _clip(desk: Desk) -> Tensor:
     """Scale all gradients together down to the norm allowed; return the norm they had."""
     limit = desk.config.optimiser.clip or float("inf")
     return cast(Tensor, desk.accelerator.clip_grad_norm_(desk.trainee.parameters(), limit))
+
+
+def _culprits(desk: Desk) -> list[str]:
+    """Where a step is not finite. Clipping has spread it over all gradients, so they are made again; chance is the same."""
+    desk.optimiser.zero_grad()
+    for micro in range(desk.config.accumulation):
+        _backward(desk, micro)
+    found = [name for name, p in desk.state.parameters.items() if not bool(torch.isfinite(p).all())]
+    gradients = {name: p.grad for name, p in desk.state.parameters.items() if p.grad is not None}
+    return found or [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
 
 
 def _due(every: int, step: int) -> bool:

@@ -11,17 +11,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
+from vgm_peft.config import Table, to_table
 from vgm_peft.data import Example
 from vgm_peft.family import Base
+from vgm_peft.train.config import RunConfig, table
 from vgm_peft.train.durable import write_text
 from vgm_peft.train.folder import MANIFEST
+from vgm_peft.train.optimisers import effective
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from vgm_peft.train.config import RunConfig
+    from vgm_peft.train.checkpoint import State
 
 PACKAGES = ("vgm_peft", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow")
 
@@ -31,11 +32,9 @@ def write_manifest(folder: Path, facts: Mapping[str, object]) -> Path:
     return write_text(folder / MANIFEST, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
-def describe(
-    config: "RunConfig", base: Base, parameters: Mapping[str, nn.Parameter], accelerator: "Accelerator"
-) -> dict[str, object]:
+def describe(config: RunConfig, base: Base, state: "State", accelerator: "Accelerator") -> dict[str, object]:
     """What every run says of itself before the first step."""
-    trained = sum(p.numel() for p in parameters.values())
+    trained = sum(p.numel() for p in state.parameters.values())
     whole = sum(p.numel() for part in base.parts.values() for p in part.parameters())
     name = Path(base.source).name if Path(base.source).exists() else base.source
     return {
@@ -45,25 +44,33 @@ def describe(
         "steps": config.steps,
         "pictures_per_step": config.data.batch * config.accumulation * accelerator.num_processes,
         "base": {"name": name, "family": base.family.name, "sha256": base.digest, "parameters": whole},
-        "trained": {"parameters": trained, "share": trained / whole if whole else 0.0, "tensors": len(parameters)},
+        "trained": {"parameters": trained, "share": trained / whole if whole else 0.0, "tensors": len(state.parameters)},
         "device": accelerator.device.type,
         "processes": accelerator.num_processes,
         "precision": config.compute.precision,
+        "optimiser": effective(state.optimiser),
+        "settings": _settings(config, name),
     }
 
 
+def _settings(config: RunConfig, base: str) -> Table:
+    """Every setting with its value, given or not; of paths only the last name."""
+    whole = table(config)
+    del whole["output"]
+    whole["base"] = base
+    if isinstance(data := whole["data"], dict):
+        data["images"] = Path(config.data.images).name
+    whole["concept"] = [{**to_table(concept), "images": Path(concept.images).name} for concept in config.concept]
+    return whole
+
+
 def digest_of_examples(examples: Iterable[Example]) -> str:
-    """SHA-256 over the pictures, captions, controls and repeats of a data set, in order; names and places play no part."""
+    """SHA-256 over the pictures, captions, controls, masks and repeats, in order; names and places play no part."""
     digest = hashlib.sha256()
     for e in examples:
-        digest.update(json.dumps([e.digest, e.caption, e.control_digest, e.repeats]).encode())
+        mask = [e.mask_digest] if e.mask_digest else []
+        digest.update(json.dumps([e.digest, e.caption, e.control_digest, e.repeats, *mask]).encode())
     return digest.hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _versions() -> dict[str, str]:

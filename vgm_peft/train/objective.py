@@ -1,7 +1,7 @@
 """The denoising objective that every task shares: corrupt, predict, compare.
 
-Mean squared error of the prediction (Ho et al. 2020, arXiv 2006.11239 eq. 14, and its v form), with the min-SNR weight
-(arXiv 2303.09556), offset noise, and a choice of how timesteps are drawn.
+Mean squared error of the prediction (Ho et al. 2020, arXiv 2006.11239 eq. 14, and its v form) unless `[loss]` says otherwise;
+what else there is stands in `losses`.
 """
 
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vgm_peft.family import Base, Condition, Query, Residuals
 from vgm_peft.process import Process
-from vgm_peft.train.config import LossConfig
+from vgm_peft.train.config_learning import LossConfig
+from vgm_peft.train.losses import averaged, errors, timesteps, weights
 from vgm_peft.train.task import Turn
 
 Side = Callable[[Query], Residuals]
@@ -46,28 +46,23 @@ class Objective:
         side: Side | None = None,
         purpose: str = "noise",
         teacher: Teacher | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Return the weighted loss of each picture, (B,) float32, for latents `x0` (B, C, H, W) and B conditions.
 
         Noise and timesteps are drawn on the CPU from the turn, so they are the same on every device; two calls in one
-        turn need a `purpose` each to draw differently.
+        turn need a `purpose` each to draw differently. `mask` (B, 1, H, W) says how much each place counts.
         """
         generator = turn.generator(purpose)
         noise = torch.randn(x0.shape, generator=generator)
         if self.config.noise_offset:
             noise += self.config.noise_offset * torch.randn(*x0.shape[:2], 1, 1, generator=generator)
-        noise, t = noise.to(x0.device), self.timesteps(len(x0), generator).to(x0.device)
+        noise, t = noise.to(x0.device), timesteps(len(x0), generator, self.process, self.config).to(x0.device)
         query = Query(self.process.corrupt(x0, noise, t), t, condition, sizes)
         target = self.process.target(x0, noise, t)
         if teacher is not None:  # first, so that what follows the timestep is left as the question of the loss has it
             target = teacher(query, target)
         prediction = self.base.family.predict(self.base, query, None if side is None else side(query))
-        error = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
-        return error if self.config.min_snr is None else error * self.process.weight(t, self.config.min_snr)
-
-    def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw `count` timesteps (int64, uniform over 0 .. N-1), each alone or one from each `count`-th of the schedule."""
-        if not self.config.stratified:
-            return torch.randint(0, self.process.steps, (count,), generator=generator)
-        place = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-        return (place * (self.process.steps / count)).long().clamp_(max=self.process.steps - 1)
+        error = averaged(errors(prediction, target, t, self.process, self.config), mask)
+        weight = weights(t, self.process, self.config)
+        return error if weight is None else error * weight

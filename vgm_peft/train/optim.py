@@ -1,4 +1,4 @@
-"""Optimisers, schedules and the moving average.
+"""Schedules, and averages of the parameters.
 
 A schedule here is a pure function of the step, not an object with a state: nothing to save, nothing to restore, and a
 resumed run has the same rate at the same step. The shapes are those of transformers and diffusers, shifted by one step so
@@ -7,23 +7,13 @@ that the first step of a warm-up already learns.
 
 import math
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vgm_peft.train.config import OptimiserConfig, Schedule
-from vgm_peft.train.task import Group
-
-
-def build_optimiser(groups: Sequence[Group], config: OptimiserConfig) -> torch.optim.Optimizer:
-    """Make the optimiser; each of its groups keeps its peak rate under `peak`."""
-    tables = [
-        {"params": list(g.parameters.values()), "lr": g.rate, "peak": g.rate, "weight_decay": config.weight_decay}
-        for g in groups
-    ]
-    # One fused kernel for all tensors: on a CPU the plain per-tensor loop costs a LoRA step as much as a tenth of its time.
-    return torch.optim.AdamW(tables, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+from vgm_peft.train.config_learning import OptimiserConfig, Schedule
 
 
 def set_rates(optimiser: torch.optim.Optimizer, config: OptimiserConfig, step: int, steps: int) -> float:
@@ -54,6 +44,46 @@ def rate_factor(schedule: Schedule, step: int, steps: int, warmup: int = 0) -> f
         scale = max(1, warmup)
         return math.sqrt(scale / (scale + past))
     return 1.0
+
+
+class Average(Protocol):
+    """What is drawn and saved in place of the parameters as they are trained."""
+
+    shadow: list[Tensor]
+    """Its own values, where it has any: what a checkpoint holds of it."""
+
+    def update(self, steps: int) -> None:
+        """Take in the parameters as they are after `steps` steps (1, 2 ...)."""
+        ...
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """Put the averages where the parameters are; the parameters come back bit for bit."""
+        ...
+
+
+class OwnAverage:
+    """The average that an optimiser keeps by itself and shows in its mode for evaluation (schedule-free)."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+        self.parameters, self._optimiser = list(parameters), optimiser
+        self.shadow: list[Tensor] = []
+
+    def update(self, steps: int) -> None:
+        """Nothing: the optimiser has done it."""
+
+    @contextmanager
+    def in_place(self) -> Generator[None]:
+        """Switch the mode; on the way back the library's arithmetic would lose the last bits, so copies are put back."""
+        optimiser: Any = self._optimiser
+        kept = [p.detach().clone() for p in self.parameters]
+        optimiser.eval()
+        try:
+            yield
+        finally:
+            optimiser.train()
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, kept, strict=True):
+                    parameter.copy_(value)
 
 
 class MovingAverage:

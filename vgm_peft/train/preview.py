@@ -1,6 +1,7 @@
 """Pictures made on the way, by the base's own stock pipeline with what is being trained in it."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vgm_peft.train.config import RunConfig
-from vgm_peft.train.durable import saving
+from vgm_peft.train.durable import saving, write_bytes
 from vgm_peft.train.sampler import sampler
 from vgm_peft.train.task import Setup, Task, own_chance
 
@@ -33,20 +34,21 @@ class Previews:
 
     def draw(self, step: int) -> None:
         """Draw into `samples/` (the main process only). Parameters, modes and chance are afterwards as before."""
-        plan = self.config.preview
+        plan, base = self.config.preview, self.setup.base
+        guidance = base.guidance if plan.guidance is None else plan.guidance
         if not plan.count or not self.setup.accelerator.is_main_process:
             return
         with saving(self.folder):
             self.folder.mkdir(exist_ok=True)
         with own_chance(self.setup.device), torch.no_grad(), self.setup.awake(), self.task.preview() as preview:
             prompts = self.config.preview.prompts or tuple(preview.prompts)
-            with sampler(preview.pipe, self.setup.base) as pipe, self.setup.accelerator.autocast():
+            with sampler(preview.pipe, base) as pipe, self.setup.accelerator.autocast():
                 for i in range(plan.count):
                     extra = {name: values[i % len(values)] for name, values in preview.extra.items()}
                     latents = pipe(
                         prompt=prompts[i % len(prompts)],
                         num_inference_steps=plan.steps,
-                        guidance_scale=plan.guidance,
+                        guidance_scale=guidance,
                         generator=torch.Generator().manual_seed(self.config.seed + i),
                         output_type="latent",
                         **extra,
@@ -60,6 +62,7 @@ class Previews:
         base = self.setup.base
         pixels = base.family.decode(base, latents)[0].float().permute(1, 2, 0) / 2 + 0.5
         image = Image.fromarray((pixels.clamp(0, 1).nan_to_num() * 255).round().to(torch.uint8).cpu().numpy())
-        with saving(path):
-            image.save(path)
+        encoded = BytesIO()
+        image.save(encoded, "PNG")
+        write_bytes(path, encoded.getvalue())
         self.drawn.append(path)

@@ -1,6 +1,7 @@
 """Class pictures for prior preservation: drawn by the untouched base, once, and kept in the cache as latents."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from vgm_peft import __version__
 from vgm_peft.data import Order
 from vgm_peft.data.cache import key_of
 from vgm_peft.errors import BaseModelError
+from vgm_peft.family import Base
 from vgm_peft.train.sampler import SCHEDULER, sampler
 from vgm_peft.train.task import Setup, Turn
 
@@ -25,7 +27,12 @@ class ClassPlan:
     count: int
     batch: int
     steps: int
-    guidance: float
+    guidance: float | None
+    """`None`: the base's own."""
+
+    def guided(self, base: Base) -> float:
+        """The guidance that these pictures are drawn with."""
+        return base.guidance if self.guidance is None else self.guidance
 
 
 class ClassPictures:
@@ -47,7 +54,7 @@ class ClassPictures:
         with setup.progress("drawing the class", count) as tell:
             for number in range(count):
                 key = _key(setup, plan, resolution, number)
-                found = setup.cache.get(key, lambda entry: "latents" in entry) if key else None
+                found = setup.cache.get(key, _is_set) if key else None
                 if found is None:
                     found = {"latents": _draw(setup, plan, resolution, number)}
                     if key:
@@ -67,12 +74,19 @@ class ClassPictures:
         return torch.tensor([[side, side, 0, 0, side, side]] * count, device=self.device)
 
 
+def _is_set(entry: Mapping[str, Tensor]) -> bool:
+    latents = entry.get("latents")
+    if latents is None or len(entry) != 1 or latents.dim() != 4 or len(latents) != TOGETHER:
+        return False
+    return latents.dtype == torch.float32 and bool(torch.isfinite(latents).all())
+
+
 def _key(setup: Setup, plan: ClassPlan, resolution: int, number: int) -> str:
     base = setup.base
     if not base.digest:
         return ""
     sampler = f"{SCHEDULER} {dict(base.pipe.scheduler.config)}"
-    drawn = (*_prompts(plan, number), plan.steps, str(plan.guidance), resolution, number, TOGETHER)
+    drawn = (*_prompts(plan, number), plan.steps, str(plan.guided(base)), resolution, number, TOGETHER)
     kind = f"{setup.config.compute.precision} {setup.device.type} {torch.__version__} {__version__}"
     return key_of("class", base.digest, sampler, *drawn, kind)
 
@@ -89,7 +103,7 @@ def _draw(setup: Setup, plan: ClassPlan, resolution: int, number: int) -> Tensor
         latents: Tensor = pipe(
             prompt=_prompts(plan, number),
             num_inference_steps=plan.steps,
-            guidance_scale=plan.guidance,
+            guidance_scale=plan.guided(setup.base),
             width=resolution,
             height=resolution,
             generator=torch.Generator().manual_seed(seed),

@@ -9,14 +9,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vgm_peft.config import Table, merge, read_toml, to_toml
 from vgm_peft.errors import ConfigError, nearest
 from vgm_peft.train.config import DeltaConfig, RunConfig, bind, table
-
-if TYPE_CHECKING:
-    from vgm_peft.family import Base
 
 SHIPPED = "training"
 HEAD = "# The whole configuration of this run; `vgm-train --recipe run.toml` repeats it. Paths begin at this folder.\n"
@@ -30,11 +26,10 @@ def shipped_folder() -> Path | None:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A complete configuration, where it came from, and the base if it had to be loaded to find out."""
+    """A complete configuration, and where it came from."""
 
     config: RunConfig
     recipe: Path | None
-    base: "Base | None" = None
     notices: tuple[str, ...] = ()
 
 
@@ -49,23 +44,20 @@ def resolve(flags: Table, recipe: Path | None = None) -> Resolved:
     if not isinstance(task := flags.get("task"), dict) or "name" not in task:
         raise ConfigError("no task is named", expected="vgm-train TASK, --recipe or --resume", fix=nearest("", _tasks()))
     asked = bind(flags)
-    if not asked.data.images:
-        raise ConfigError("no pictures are named", expected="--images DIR")
-    base = None
+    _ = asked.concepts  # that there are pictures is known before anything is loaded
     found = shipped_recipe(asked.task.name, asked.delta, [asked.base])
     if found is None:
-        from vgm_peft.families import load
+        from vgm_peft.families import outline
 
-        base = load(asked.base)
-        found = shipped_recipe(asked.task.name, asked.delta, [asked.base, base.family.name])
+        found = shipped_recipe(asked.task.name, asked.delta, [asked.base, outline(asked.base).family])
     if found is None:
-        return Resolved(asked, None, base, ("no recipe is shipped for this: the settings are the plain defaults",))
+        return Resolved(asked, None, ("no recipe is shipped for this: the settings are the plain defaults",))
     path, exact = found
     layer, notices = read_recipe(path), ()
     if not exact and asked.delta is not None:
         layer = {k: v for k, v in layer.items() if k != "delta"}
         notices = (f"no recipe is shipped for {asked.delta.kind} here: all but [delta] is from that of another kind",)
-    return Resolved(bind(merge(layer, flags)), path, base, notices)
+    return Resolved(bind(merge(layer, flags)), path, notices)
 
 
 def _tasks() -> list[str]:
@@ -126,11 +118,16 @@ def portable(config: RunConfig, folder: Path) -> str:
 
 
 def _moved(layer: Table, move: Callable[[str], str], is_path: Callable[[str], bool]) -> Table:
-    """Return a table with its paths moved: the pictures' folder, and the base where that is a path and no name."""
+    """Return a table with its paths moved: the folders of pictures, and the base where that is a path and no name."""
     out = dict(layer)
-    data, base = out.get("data"), out.get("base")
+    data, base, concepts = out.get("data"), out.get("base"), out.get("concept")
     if isinstance(data, dict) and isinstance(images := data.get("images"), str) and images:
         out["data"] = {**data, "images": move(images)}
+    if isinstance(concepts, list):
+        out["concept"] = [
+            {**c, "images": move(images)} if isinstance(c, dict) and isinstance(images := c.get("images"), str) else c
+            for c in concepts
+        ]
     if isinstance(base, str) and base != "toybox" and is_path(base):
         out["base"] = move(base)
     return out

@@ -9,24 +9,28 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from vgm_peft.data import Cache
+from vgm_peft.data import Cache, Report, View, describe_views
 from vgm_peft.errors import ConfigError
+from vgm_peft.families import outline, size_of
 from vgm_peft.family import Base, fitting_threads
 from vgm_peft.train import loop
-from vgm_peft.train.checkpoint import restore
-from vgm_peft.train.config import RunConfig, table
+from vgm_peft.train.checkpoint import apply_parameters, restore
+from vgm_peft.train.config import RunConfig
 from vgm_peft.train.durable import write_text
 from vgm_peft.train.folder import RECIPE, choose_folder, claimed
-from vgm_peft.train.learned import demand_learned, fingerprints
-from vgm_peft.train.manifest import describe, digest_of_file, write_manifest
+from vgm_peft.train.learned import demand_changed, demand_learned, fingerprints, patience
+from vgm_peft.train.manifest import describe, write_manifest
+from vgm_peft.train.optimisers import check_optimiser
+from vgm_peft.train.origin import origin
+from vgm_peft.train.probe import GATE_DRAWS
 from vgm_peft.train.recipes import portable
+from vgm_peft.train.seal import digest_of_file
+from vgm_peft.train.survey import keep, plan, survey
 from vgm_peft.train.task import Setup, Task, own_chance
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-HARMLESS = ("output", "exports", "preview", "checkpoint", "base", "data.images")
-"""Settings that may differ when a run is resumed; base and pictures are compared by content instead."""
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,35 +62,56 @@ def train(config: RunConfig, *, resume: Path | None = None, base: Base | None = 
     run's device and in its precision. Raises `VgmError` for what the user can mend.
     """
     accelerator = _accelerator(config)
+    check_optimiser(config.optimiser, accelerator.device.type, config.ema)
     folder = _agree(accelerator, resume or choose_folder(config))
     with ExitStack() as cleanup:
         cleanup.enter_context(own_chance(accelerator.device))
         if accelerator.is_main_process:
             cleanup.enter_context(claimed(folder, resume is not None))
-        setup = Setup(config, _ready(config, base, accelerator, cleanup), Cache(), accelerator, cleanup)
+        report, views = _read(config, base, quiet=not accelerator.is_main_process)
+        cache = Cache(gib=config.data.cache_gib)
+        cleanup.callback(cache.close)
+        setup = Setup(config, _ready(config, base, accelerator, cleanup), cache, accelerator, cleanup, surveyed=report)
         cleanup.enter_context(fitting_threads(setup.base.denoiser))
         if setup.device.type == "cpu" and config.compute.precision == "bf16":
             setup.notice('bf16 is many times slower on most CPUs: --set compute.precision="no" there')
+        if config.held_out.every and not config.held_out.pictures:
+            setup.notice("no pictures are kept back: the held-out loss is that of the training pictures, with unseen noise")
         with _main_first(accelerator):
             task = config.task_class().prepare(setup)
         desk = loop.set_up(task, setup, folder)
         state = desk.state
-        before = fingerprints(state.parameters)
-        state.origin = _origin(config, setup.base, task)
-        facts = {**describe(config, setup.base, state.parameters, accelerator), **task.facts(), "notices": setup.notices}
+        before, answers = fingerprints(state.parameters), desk.probe.losses(GATE_DRAWS)
+        state.origin = origin(config, setup.base.digest, task.facts()["data"])
+        facts = {**describe(config, setup.base, state, accelerator), **task.facts(), "notices": setup.notices}
         if resume is not None:
-            restore(folder / "checkpoints", state, setup.notice)
+            restore(desk.checkpoints, state, setup.notice)
         if accelerator.is_main_process:
             write_text(folder / RECIPE, portable(config, folder))
+            keep(report, views or plan(report, config, size_of(setup.base)), folder)
             write_manifest(folder, facts)
         finished = loop.run(desk)
         delta = None
         if finished:
-            demand_learned(state, before)
+            if config.held_out.every:
+                apply_parameters(desk.best, state)
+            demand_learned(state, before, patience(config))
+            with state.average.in_place():
+                demand_changed(answers, desk.probe.losses(GATE_DRAWS))
             delta = _save(task, desk, facts)
         accelerator.wait_for_everyone()
         drawn, notices, prompts = tuple(desk.previews.drawn), tuple(setup.notices), tuple(desk.previews.prompts())
         return RunResult(folder, delta, state.step, finished, drawn, notices, prompts, accelerator.is_main_process)
+
+
+def _read(config: RunConfig, base: Base | None, quiet: bool) -> tuple[Report, list[View]]:
+    """Judge the pictures before the base is loaded, and say what they are; no views where only a loaded base tells its size."""
+    report = survey(config, quiet)
+    size = size_of(base) if base else outline(config.base).size
+    views = plan(report, config, size) if size else []
+    if not quiet:
+        print("\n".join([str(report), *(describe_views(report.examples, views) if views else [])]), flush=True)
+    return report, views
 
 
 def _accelerator(config: RunConfig) -> "Accelerator":
@@ -135,20 +160,6 @@ def _main_first(accelerator: "Accelerator") -> Generator[None]:
     """Let the main process fill the cache before the others read it."""
     with accelerator.main_process_first():
         yield
-
-
-def _origin(config: RunConfig, base: Base, task: Task[Any]) -> dict[str, object]:
-    """What a checkpoint must agree with: every setting that changes the result, by dotted name, and what was read."""
-    flat: dict[str, object] = {}
-    for key, value in table(config).items():
-        if isinstance(value, dict):
-            flat.update({f"{key}.{inner}": v for inner, v in value.items()})
-        else:
-            flat[key] = value
-    if config.optimiser.schedule in ("constant", "inverse_sqrt"):  # these do not look at the end of the run
-        del flat["steps"]
-    flat = {k: v for k, v in flat.items() if k not in HARMLESS and k.split(".")[0] not in HARMLESS}
-    return {**flat, "the base (SHA-256)": base.digest, "the data": task.facts()["data"]}
 
 
 def _save(task: Task[Any], desk: loop.Desk, facts: Mapping[str, object]) -> Path | None:

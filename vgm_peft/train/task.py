@@ -7,8 +7,9 @@ save what it made. A new task is one file under `tasks/` and one line in its tab
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
@@ -16,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from vgm_peft.config import build
-from vgm_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import DiffusionPipeline
 
-    from vgm_peft.data import Cache, Report
+    from vgm_peft.data import Cache, Report, Source
     from vgm_peft.family import Base
     from vgm_peft.train.config import RunConfig
 
@@ -40,10 +40,12 @@ class Turn:
 
     seed: int
     number: int
+    held_out: bool = False
+    """A turn that is never trained on, only measured; its pictures are those kept back, where there are any."""
 
     def value(self, purpose: str = "") -> int:
         """A number in 0 .. 2^63-1 for one purpose; different purposes are independent."""
-        text = f"{self.seed}/{self.number}/{purpose}".encode()
+        text = f"{self.seed}/{self.number}/{purpose}{'/held out' if self.held_out else ''}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
     def generator(self, purpose: str = "") -> torch.Generator:
@@ -76,18 +78,20 @@ class Setup:
     """What must be undone when the run is over, however it ends."""
     notices: list[str] = field(default_factory=list[str])
     """What the user should know; printed before the first step and kept in the manifest."""
+    surveyed: "Report | None" = None
+    """The pictures, where they have been read already."""
 
     @property
     def device(self) -> torch.device:
         """Where the arithmetic is done."""
         return self.accelerator.device
 
-    @property
-    def images(self) -> Path:
-        """The folder of pictures. Raises `ConfigError` when none is named."""
-        if not self.config.data.images:
-            raise ConfigError("no pictures are named", expected="--images DIR (data.images)")
-        return Path(self.config.data.images)
+    @cached_property
+    def report(self) -> "Report":
+        """What the run's folders of pictures hold."""
+        from vgm_peft.train.survey import survey
+
+        return self.surveyed or survey(self.config)
 
     @contextmanager
     def progress(self, title: str, total: int) -> Generator[Callable[[int, int], None]]:
@@ -104,11 +108,6 @@ class Setup:
     def notice(self, text: str) -> None:
         """Note something that the user should know."""
         self.notices.append(text)
-
-    def report(self, report: "Report") -> None:
-        """Take in what the folder of pictures holds: its notes are for the user."""
-        self.notices.extend(report.notes)
-        self.notices.extend(f"{name} plays no part: {reason}" for name, reason in report.ignored)
 
     def options(self, kind: type[Options]) -> Options:
         """The task's own options, bound to its dataclass."""
@@ -156,6 +155,23 @@ class Task(ABC, Generic[Batch]):
     """Whether `[delta]` says anything to it."""
 
     @classmethod
+    def sources(cls, config: "RunConfig") -> "tuple[Source, ...]":
+        """The folders of pictures and what is asked of them; read before a base is loaded. Raises `ConfigError`."""
+        from vgm_peft.data import Source
+
+        data = config.data
+        return tuple(
+            Source(
+                folder=Path(concept.images),
+                caption=concept.prompt or None,
+                trigger=concept.token or data.trigger,
+                masks=data.masks,
+                repeats=concept.repeats,
+            )
+            for concept in config.concepts
+        )
+
+    @classmethod
     @abstractmethod
     def prepare(cls, setup: Setup) -> Self:
         """Read and check the data, attach what is to be trained to the base, cache what never changes."""
@@ -171,6 +187,10 @@ class Task(ABC, Generic[Batch]):
     @abstractmethod
     def loss(self, batch: Batch, turn: Turn) -> Tensor:
         """The mean loss of a batch: a float32 scalar whose gradient reaches every parameter."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """A context in which what is trained leaves nothing out by chance."""
+        return nullcontext()
 
     @abstractmethod
     def save(self, folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vgm_peft.data import load_control, scan
-from vgm_peft.errors import DataError
+from vgm_peft.data import Source, load_control
 from vgm_peft.family import Base, Query, Residuals
 from vgm_peft.side import Side
 from vgm_peft.sides import side_named
@@ -20,7 +19,7 @@ from vgm_peft.stack.controls import Control, carrying
 from vgm_peft.train.config import RunConfig
 from vgm_peft.train.manifest import digest_of_examples
 from vgm_peft.train.objective import Objective
-from vgm_peft.train.pictures import Pictures, Prompts, Shown
+from vgm_peft.train.pictures import Cut, Pictures, Prompts, Shown
 from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
 
 KEPT_BYTES = 2**30
@@ -59,21 +58,18 @@ class ControlNet(Task[Pair]):
     pictures: Pictures
     prompts: Prompts
     objective: Objective
-    kept: dict[tuple[int, bool], Tensor] = field(default_factory=dict[tuple[int, bool], Tensor])
+    kept: dict[Cut, Tensor] = field(default_factory=dict[Cut, Tensor])
+
+    @classmethod
+    def sources(cls, config: RunConfig) -> tuple[Source, ...]:
+        """Every picture must have one that steers."""
+        return tuple(replace(source, require_controls=True) for source in super().sources(config))
 
     @classmethod
     def prepare(cls, setup: Setup) -> Self:
-        """Read the pairs, cache latents and prompts, and make the network."""
+        """Cache latents and prompts, and make the network."""
         side = side_named(setup.options(ControlNetOptions).network)
-        report = scan(setup.images)
-        setup.report(report)
-        alone = [e.path.name for e in report.examples if e.control is None]
-        if alone:
-            raise DataError(
-                f"{len(alone)} of {len(report.examples)} pictures have no control picture (first: {alone[0]})",
-                fix='put one of the same name into a subfolder control/, or name it in metadata.jsonl as "control"',
-            )
-        pictures = Pictures(report.examples, setup)
+        pictures = Pictures(setup.report.examples, setup)
         prompts = Prompts(pictures.captions(), setup, live=False)
         network = side.create(setup.base, setup.config.seed)
         if setup.config.compute.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
@@ -92,7 +88,7 @@ class ControlNet(Task[Pair]):
     def batch(self, turn: Turn) -> Pair:
         """Pictures and their control pictures, cut and mirrored alike."""
         shown = self.pictures.draw(turn)
-        controls = [self._control(i, flip) for i, flip in zip(shown.indices, shown.flipped, strict=True)]
+        controls = [self._control(cut) for cut in shown.cuts]
         return Pair(shown, torch.stack(controls).to(self.pictures.device).float().div_(255.0))
 
     def loss(self, batch: Pair, turn: Turn) -> Tensor:
@@ -102,7 +98,8 @@ class ControlNet(Task[Pair]):
             return self.side.residuals(self.base, self.network, query, batch.control)
 
         shown = batch.shown
-        return self.objective.losses(shown.x0, self.prompts(shown.captions), shown.sizes, turn, side).mean()
+        condition = self.prompts(shown.captions)
+        return self.objective.losses(shown.x0, condition, shown.sizes, turn, side, mask=shown.mask).mean()
 
     def save(self, folder: Path) -> Path:
         """Write the network's diffusers folder."""
@@ -129,15 +126,16 @@ class ControlNet(Task[Pair]):
         examples = self.pictures.examples
         return {"data": {"pictures": len(examples), "sha256": digest_of_examples(examples)}, "network": self.side.name}
 
-    def _control(self, index: int, flip: bool) -> Tensor:
+    def _control(self, cut: Cut) -> Tensor:
         """One control picture, (3, P, Q) uint8."""
-        kept = self.kept.get((index, flip))
+        kept = self.kept.get(cut)
         if kept is None:
-            floats = load_control(self.pictures.examples[index], self.pictures.crops[index], flip)
+            floats = load_control(self.pictures.examples[cut.example], cut.crop, cut.flip)
             kept = (floats * 255.0).round().to(torch.uint8)
             if (len(self.kept) + 1) * kept.numel() <= KEPT_BYTES:
-                self.kept[index, flip] = kept
+                self.kept[cut] = kept
         return kept
 
     def _picture(self, index: int) -> Image.Image:
-        return Image.fromarray(np.ascontiguousarray(self._control(index, False).permute(1, 2, 0).numpy()))
+        crop = next(view.crops[0] for view in self.pictures.views if view.example == index)
+        return Image.fromarray(np.ascontiguousarray(self._control(Cut(index, crop, False)).permute(1, 2, 0).numpy()))

@@ -9,7 +9,7 @@ next run.
 
 import re
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from vgm_peft.data import Example, Report, scan
-from vgm_peft.errors import DataError
+from vgm_peft.config import build
+from vgm_peft.data import Example, Source, names_word
+from vgm_peft.errors import ConfigError, DataError
 from vgm_peft.family import Condition, Query
-from vgm_peft.train.config import within
+from vgm_peft.train.config import RunConfig
 from vgm_peft.train.learner import Learner
+from vgm_peft.train.limits import within
 from vgm_peft.train.manifest import digest_of_examples
 from vgm_peft.train.objective import Objective, Teacher
 from vgm_peft.train.pictures import Pictures, Prompts, Shown
@@ -53,29 +55,27 @@ class DreamBoothOptions:
     class_batch: int = 0
     """Class pictures per micro-batch; 0 is as many as `data.batch`."""
     class_steps: int = 25
-    class_guidance: float = 5.0
+    class_guidance: float | None = None
+    """Classifier-free guidance of the class pictures; the base's own when left out."""
 
     def __post_init__(self) -> None:
         within("prior_weight", self.prior_weight, 0.0, 1000.0)
         within("class_images", self.class_images, 0, 100_000)
         within("class_batch", self.class_batch, 0, 4096)
         within("class_steps", self.class_steps, 1, 1000)
-        within("class_guidance", self.class_guidance, 0.0, 100.0)
+        within("class_guidance", self.class_guidance or 0.0, 0.0, 100.0)
 
     @property
     def instance_prompt(self) -> str:
         """The text for the subject."""
         return self.prompt or with_token(self.class_prompt, self.token)
 
-    def plan(self, prompts: Sequence[str], batch: int) -> ClassPlan:
-        """How the class is drawn: by `prompts` and the class prompt in turn; `batch` is the subject's pictures per turn."""
-        texts, batch = tuple(dict.fromkeys((*prompts, self.class_prompt))), self.class_batch or batch
+    def plan(self, prompts: Sequence[str], batch: int) -> ClassPlan | None:
+        """How classes are drawn, if at all: by `prompts` in turn; `batch` is the subjects' pictures per turn."""
+        if not (prompts and self.prior_weight and self.class_images):
+            return None
+        texts, batch = tuple(dict.fromkeys(prompts)), self.class_batch or batch
         return ClassPlan(texts, self.class_images, batch, self.class_steps, self.class_guidance)
-
-    @property
-    def keeps_class(self) -> bool:
-        """Whether there are class pictures."""
-        return bool(self.class_prompt and self.prior_weight and self.class_images)
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,13 @@ class Both:
 
 @dataclass
 class DreamBooth(Task[Both]):
-    """A delta that knows one subject by a word."""
+    """A delta that knows a subject by a word, or several, each by its own."""
 
     name: ClassVar[str] = "dreambooth"
     Options: ClassVar[type] = DreamBoothOptions
 
-    options: DreamBoothOptions
+    subjects: tuple[DreamBoothOptions, ...]
+    """What is known of each; they differ in token, class and prompt alone."""
     learner: Learner
     pictures: Pictures
     kind: ClassPictures | None
@@ -103,20 +104,30 @@ class DreamBooth(Task[Both]):
     objective: Objective
 
     @classmethod
+    def sources(cls, config: RunConfig) -> tuple[Source, ...]:
+        """Pictures without a caption are trained under the subject's prompt."""
+        subjects = _subjects(config)
+        return tuple(
+            replace(source, caption=subject.instance_prompt, trigger=config.data.trigger)
+            for source, subject in zip(super().sources(config), subjects, strict=True)
+        )
+
+    @classmethod
     def prepare(cls, setup: Setup) -> Self:
-        """Read the subject's pictures, have the base draw its class, cache latents and prompts, attach the delta."""
-        options, report, prompts_of_class = _read(setup)
+        """Have the base draw the subjects' classes, cache latents and prompts, attach the delta."""
+        subjects, prompts_of_class = _read(setup)
+        options = subjects[0]
         learner = Learner.fit(setup)
-        pictures = Pictures(tuple(_named(example, options) for example in report.examples), setup)
+        pictures = Pictures([_named(example, subjects[example.concept]) for example in setup.report.examples], setup)
         plan = options.plan(prompts_of_class, setup.config.data.batch)
-        kind = ClassPictures.drawn(setup, plan) if options.keeps_class else None
-        if not options.class_prompt and options.prior_weight:
+        kind = ClassPictures.drawn(setup, plan) if plan else None
+        if options.prior_weight and not all(subject.class_prompt for subject in subjects):
             setup.notice("no --class-prompt: nothing keeps the base from taking everything of that kind for this subject")
-        prompts = Prompts([*pictures.captions(), *(plan.prompts if kind else ())], setup, live=learner.trains_text)
-        untouched = Prompts(plan.prompts if kind and options.prior == "base" else (), setup, live=False)
+        prompts = Prompts([*pictures.captions(), *(plan.prompts if plan else ())], setup, live=learner.trains_text)
+        untouched = Prompts(plan.prompts if plan and options.prior == "base" else (), setup, live=False)
         learner.attach(setup)
         setup.rest(prompts.live)
-        return cls(options, learner, pictures, kind, prompts, untouched, Objective.of(setup.base, setup.config.loss))
+        return cls(subjects, learner, pictures, kind, prompts, untouched, Objective.of(setup.base, setup.config.loss))
 
     def groups(self) -> list[Group]:
         """The delta's parameters."""
@@ -129,23 +140,25 @@ class DreamBooth(Task[Both]):
     def loss(self, batch: Both, turn: Turn) -> Tensor:
         """Eq. 2: each part is averaged over its own pictures; parts of one size go through the network together."""
         subject = batch.subject
+        mask = subject.mask
         if batch.kind is None or self.kind is None:
-            return self.objective.losses(subject.x0, self.prompts(subject.captions), subject.sizes, turn).mean()
+            return self.objective.losses(subject.x0, self.prompts(subject.captions), subject.sizes, turn, mask=mask).mean()
         (kind, texts), count = batch.kind, len(subject)
-        prior, teacher = self.prompts(texts), self._teacher(texts)
+        prior, condition, teacher = self.prompts(texts), self.prompts(subject.captions), self._teacher(texts)
         if kind.shape[1:] != subject.x0.shape[1:]:
-            ours = self.objective.losses(subject.x0, self.prompts(subject.captions), subject.sizes, turn)
+            ours = self.objective.losses(subject.x0, condition, subject.sizes, turn, mask=mask)
             theirs = self.objective.losses(kind, prior, self.kind.sizes(len(kind)), turn, None, "class noise", teacher)
         else:
             x0, sizes = torch.cat([subject.x0, kind]), torch.cat([subject.sizes, self.kind.sizes(len(kind))])
-            condition = Condition.cat([self.prompts(subject.captions), prior])
-            both = self.objective.losses(x0, condition, sizes, turn, teacher=teacher)
+            if mask is not None:  # class pictures count everywhere
+                mask = torch.cat([mask, mask.new_ones(len(kind), *mask.shape[1:])])
+            both = self.objective.losses(x0, Condition.cat([condition, prior]), sizes, turn, teacher=teacher, mask=mask)
             ours, theirs = both[:count], both[count:]
-        return ours.mean() + self.options.prior_weight * theirs.mean()
+        return ours.mean() + self.subjects[0].prior_weight * theirs.mean()
 
     def _teacher(self, texts: list[str]) -> Teacher | None:
         """What the untouched base answers for the class pictures, which are the last of a question."""
-        if self.options.prior == "pictures":
+        if self.subjects[0].prior == "pictures":
             return None
 
         def answer(query: Query, target: Tensor) -> Tensor:
@@ -158,15 +171,24 @@ class DreamBooth(Task[Both]):
 
         return answer
 
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The delta without dropout."""
+        return self.learner.evaluating()
+
     def save(self, folder: Path) -> Path:
         """Write the delta and its exports."""
-        words = {"token": self.options.token, "prompt": self.options.instance_prompt, "class_prompt": self.options.class_prompt}
+        subjects = self.subjects
+        words = {
+            "token": ", ".join(subject.token for subject in subjects),
+            "prompt": "; ".join(subject.instance_prompt for subject in subjects),
+            "class_prompt": "; ".join(subject.class_prompt for subject in subjects),
+        }
         return self.learner.save(folder, words)
 
     @contextmanager
     def preview(self) -> Generator[Preview]:
-        """The subject and, to see that it stays as it was, its class."""
-        prompts = [self.options.instance_prompt, *([self.options.class_prompt] if self.options.class_prompt else [])]
+        """Each subject and, to see that it stays as it was, its class."""
+        prompts = [text for subject in self.subjects for text in (subject.instance_prompt, subject.class_prompt) if text]
         with self.learner.evaluating():
             yield Preview(self.learner.base.pipe, prompts)
 
@@ -180,21 +202,43 @@ class DreamBooth(Task[Both]):
         }
 
 
-def _read(setup: Setup) -> tuple[DreamBoothOptions, Report, Sequence[str]]:
-    """Read the folder; return also the captions that do not name the subject, since they are prompts for its class.
+def _subjects(config: RunConfig) -> tuple[DreamBoothOptions, ...]:
+    """What is asked for each folder of pictures. Raises `ConfigError` for subjects that would share a word unasked."""
+    common, concepts = build(DreamBoothOptions, config.task.options, "task."), config.concepts
+    for number, concept in enumerate(concepts if len(concepts) > 1 else ()):
+        if not concept.token:
+            raise ConfigError(f"concept[{number}] ({concept.images}) has no token", expected="a word of its own for each")
+    return tuple(
+        replace(
+            common,
+            token=concept.token or common.token,
+            class_prompt=concept.class_prompt or common.class_prompt,
+            prompt=concept.prompt or common.prompt,
+        )
+        for concept in concepts
+    )
 
-    Pictures with captions need no class prompt: what all captions begin with says what they show.
+
+def _read(setup: Setup) -> tuple[tuple[DreamBoothOptions, ...], list[str]]:
+    """What is known of each subject, and the prompts for all their classes.
+
+    Captions that do not name the subject are prompts for its class. Pictures with captions need no class prompt: what all
+    captions begin with says what they show.
     """
-    options = setup.options(DreamBoothOptions)
-    report = scan(setup.images, caption=options.instance_prompt)
-    captions = [example.caption for example in report.examples if not _names(example.caption, options.token)]
-    if captions and not options.class_prompt:
-        options = replace(options, class_prompt=common_start(captions))
-        setup.notice(f'the class is taken from the captions: --class-prompt "{options.class_prompt}"')
-    setup.report(report)
-    if captions:
-        setup.notice(f'"{options.token}" is put into the captions: "{_named(report.examples[0], options).caption}"')
-    return options, report, list(dict.fromkeys(captions))
+    subjects: list[DreamBoothOptions] = []
+    prompts: list[str] = []
+    for number, subject in enumerate(_subjects(setup.config)):
+        examples = [example for example in setup.report.examples if example.concept == number]
+        captions = [example.caption for example in examples if not names_word(example.caption, subject.token)]
+        if captions and not subject.class_prompt:
+            subject = replace(subject, class_prompt=common_start(captions))
+            setup.notice(f'the class is taken from the captions: --class-prompt "{subject.class_prompt}"')
+        if captions:
+            setup.notice(f'"{subject.token}" is put into the captions: "{_named(examples[0], subject).caption}"')
+        subjects.append(subject)
+        if subject.class_prompt:
+            prompts += [*captions, subject.class_prompt]
+    return tuple(subjects), prompts
 
 
 def common_start(captions: Sequence[str]) -> str:
@@ -204,10 +248,6 @@ def common_start(captions: Sequence[str]) -> str:
     while start and start[-1].lower() in LOOSE:
         start.pop()
     return " ".join(start).rstrip(",;:")
-
-
-def _names(caption: str, token: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", caption) is not None
 
 
 def with_token(text: str, token: str, noun: str = "") -> str:
@@ -229,7 +269,7 @@ def noun_of(class_prompt: str) -> str:
 
 def _named(example: Example, options: DreamBoothOptions) -> Example:
     """Make sure that the caption names the subject: a picture's own caption gets the token before the class's noun."""
-    if _names(example.caption, options.token):
+    if names_word(example.caption, options.token):
         return example
     noun = noun_of(options.class_prompt)
     caption = with_token(example.caption, options.token, noun) if noun else example.caption

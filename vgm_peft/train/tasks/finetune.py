@@ -1,14 +1,15 @@
 """Fine-tuning on captioned pictures: teach a style, a world, many things at once; each picture says what is on it."""
 
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
 
 from torch import Tensor
 
-from vgm_peft.data import scan
+from vgm_peft.data import Source
+from vgm_peft.train.config import RunConfig
 from vgm_peft.train.learner import Learner
 from vgm_peft.train.manifest import digest_of_examples
 from vgm_peft.train.objective import Objective
@@ -21,7 +22,7 @@ PREVIEWS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneOptions:
-    """None of its own: captions come with the pictures, dropout is `data.caption_dropout`."""
+    """None of its own: captions come with the pictures; what is done with them stands in `[data]`."""
 
 
 @dataclass
@@ -37,12 +38,15 @@ class FineTune(Task[Shown]):
     objective: Objective
 
     @classmethod
+    def sources(cls, config: RunConfig) -> tuple[Source, ...]:
+        """Every picture must have a caption."""
+        return tuple(replace(source, require_captions=True) for source in super().sources(config))
+
+    @classmethod
     def prepare(cls, setup: Setup) -> Self:
-        """Read the pictures; every one must have a caption."""
-        report = scan(setup.images, require_captions=True)
-        setup.report(report)
+        """Encode the pictures and their captions."""
         learner = Learner.fit(setup)
-        pictures = Pictures(report.examples, setup)
+        pictures = Pictures(setup.report.examples, setup)
         prompts = Prompts(pictures.captions(), setup, live=learner.trains_text)
         learner.attach(setup)
         setup.rest(prompts.live)
@@ -58,7 +62,12 @@ class FineTune(Task[Shown]):
 
     def loss(self, batch: Shown, turn: Turn) -> Tensor:
         """The mean over the pictures."""
-        return self.objective.losses(batch.x0, self.prompts(batch.captions), batch.sizes, turn).mean()
+        condition = self.prompts(batch.captions)
+        return self.objective.losses(batch.x0, condition, batch.sizes, turn, mask=batch.mask).mean()
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The delta without dropout."""
+        return self.learner.evaluating()
 
     def save(self, folder: Path) -> Path:
         """Write the delta and its exports."""

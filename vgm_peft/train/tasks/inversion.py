@@ -2,22 +2,23 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from vgm_peft.data import scan
+from vgm_peft.data import Source
 from vgm_peft.delta import Delta
 from vgm_peft.errors import ConfigError
 from vgm_peft.family import Base
-from vgm_peft.train.config import RunConfig, within
+from vgm_peft.train.config import RunConfig
 from vgm_peft.train.learner import provenance, save_delta
+from vgm_peft.train.limits import within
 from vgm_peft.train.manifest import digest_of_examples
 from vgm_peft.train.objective import Objective
-from vgm_peft.train.pictures import Pictures, Prompts, Shown
+from vgm_peft.train.pictures import Cut, Pictures, Prompts, Shown
 from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
 from vgm_peft.words import WordAttachment, new_word
 
@@ -73,28 +74,36 @@ class TextualInversion(Task[Shown]):
 
     config: RunConfig
     base: Base
-    options: InversionOptions
+    options: tuple[InversionOptions, ...]
+    """Those of each concept."""
     words: WordAttachment
     pictures: Pictures
     prompts: Prompts
     objective: Objective
 
     @classmethod
+    def sources(cls, config: RunConfig) -> tuple[Source, ...]:
+        """Nothing is put before captions: one without the word gives way to a sentence with it."""
+        return tuple(replace(source, trigger=config.data.trigger) for source in super().sources(config))
+
+    @classmethod
     def prepare(cls, setup: Setup) -> Self:
-        """Read and encode the pictures, and put the new word on the base."""
-        options = setup.options(InversionOptions)
-        report = scan(setup.images)
-        setup.report(report)
-        pictures = Pictures(report.examples, setup)
-        word = new_word(setup.base.pipe, options.token, options.init_word, options.vectors)
-        words = WordAttachment(setup.base.pipe, [word], trainable=True)
+        """Encode the pictures, and put the new words on the base, one for each concept that has one of its own."""
+        common = setup.options(InversionOptions)
+        options = tuple(
+            replace(common, token=concept.token or common.token, init_word=concept.class_prompt or common.init_word)
+            for concept in setup.config.concepts
+        )
+        pictures = Pictures(setup.report.examples, setup)
+        own = {o.token: new_word(setup.base.pipe, o.token, o.init_word, o.vectors) for o in options}
+        words = WordAttachment(setup.base.pipe, list(own.values()), trainable=True)
         setup.cleanup.callback(words.remove)
         objective = Objective.of(setup.base, setup.config.loss)
         setup.rest(True)
         return cls(setup.config, setup.base, options, words, pictures, Prompts((), setup, live=True), objective)
 
     def groups(self) -> list[Group]:
-        """The word's rows, one stack for each text encoder."""
+        """The words' rows, one stack for each text encoder."""
         rows: dict[str, nn.Parameter] = {
             f"{token}:{part}/rows": rows for token, parts in self.words.rows.items() for part, rows in parts.items()
         }
@@ -106,17 +115,22 @@ class TextualInversion(Task[Shown]):
 
     def loss(self, batch: Shown, turn: Turn) -> Tensor:
         """The mean over the pictures."""
-        captions = self._captions(batch, turn)
-        return self.objective.losses(batch.x0, self.prompts(captions), batch.sizes, turn).mean()
+        condition = self.prompts(self._captions(batch, turn))
+        return self.objective.losses(batch.x0, condition, batch.sizes, turn, mask=batch.mask).mean()
 
     def _captions(self, batch: Shown, turn: Turn) -> list[str]:
-        sentences = self.options.sentences
-        drawn = torch.randint(len(sentences), (len(batch),), generator=turn.generator("sentences")).tolist()
-        return [c if self.options.token in c else sentences[i] for c, i in zip(batch.captions, drawn, strict=True)]
+        count = len(self.options[0].sentences)
+        drawn = torch.randint(count, (len(batch),), generator=turn.generator("sentences")).tolist()
+        return [self._caption(c, cut, i) for c, cut, i in zip(batch.captions, batch.cuts, drawn, strict=True)]
+
+    def _caption(self, caption: str, cut: Cut, number: int) -> str:
+        """The picture's own caption where that holds its word, else the sentence of that number."""
+        own = self.options[self.pictures.examples[cut.example].concept]
+        return caption if own.token in caption else own.sentences[number]
 
     def save(self, folder: Path) -> Path:
-        """Write the word and its exports."""
-        metadata = {**provenance(self.config, self.base), "token": self.options.token}
+        """Write the words and their exports."""
+        metadata = {**provenance(self.config, self.base), "token": ", ".join(self.words.rows)}
         delta = Delta(self.base.family.name, words=self.words.words(), metadata=metadata)
         for word in delta.words.values():
             word.rows.update({part: rows.cpu() for part, rows in word.rows.items()})
@@ -124,13 +138,13 @@ class TextualInversion(Task[Shown]):
 
     @contextmanager
     def preview(self) -> Generator[Preview]:
-        """The word in the first sentences."""
-        yield Preview(self.base.pipe, self.options.sentences[:2])
+        """The words in the first sentences."""
+        yield Preview(self.base.pipe, [sentence for own in self.options for sentence in own.sentences[:2]])
 
     def facts(self) -> Mapping[str, object]:
         """For the manifest."""
         examples = self.pictures.examples
         return {
             "data": {"pictures": len(examples), "sha256": digest_of_examples(examples)},
-            "words": {self.options.token: self.options.vectors},
+            "words": {own.token: own.vectors for own in self.options},
         }
