@@ -24,7 +24,7 @@ SMALL = 2**15
 """Values of a weight up to which operations count and not arithmetic, so that a dense dW costs least.
 
 Measured on one CPU core, forward and backward, dW joining the weight over acting by itself, for seven methods: 0.2 to 1.0 at
-128x128 (64 to 512 tokens), 0.6 to 1.2 at 256x256, 0.9 to 1.6 at 320x320, 1.2 to 3 at 640x640. How many tokens there are
+128x128 (64 to 512 tokens), 0.6 to 1.5 at 256x256, 0.5 to 1.9 at 320x320, 1.2 to 3.9 at 640x640. How many tokens there are
 matters little: both ways pay for them. Of SD1.5's layers only the first and last convolution are so small."""
 
 

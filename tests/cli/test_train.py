@@ -57,6 +57,21 @@ def test_pictures_are_all_it_needs(
     assert "not empty" in capsys.readouterr().err and files(run) == before
 
 
+def test_a_run_that_learned_nothing_leaves_with_an_error(
+    base: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["finetune", "--images", str(images), "--base", str(base), "--output", str(tmp_path / "run"), "--steps", "5"]
+    for setting in ("optimiser.lr=0.0", "optimiser.warmup=0", "delta.rank=2", "data.batch=1", "compute.precision=no"):
+        command += ["--set", setting]
+    for i in range(2):
+        (images / f"{i}.txt").write_text("a robot")
+    assert main("train", [*command, "--set", "preview.count=0"]) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vgm-train:")]
+    assert len(err) == 1 and "nothing was learned at" in err[0] and "unet." in err[0]
+    assert not (tmp_path / "run" / "delta.safetensors").exists()
+    assert "none yet" in (tmp_path / "run" / "report.html").read_text()
+
+
 def _empty(folder: Path) -> None:
     (folder / "2.png").write_bytes(b"")
 

@@ -1,5 +1,6 @@
 """What the tests of this room stand on: tiny bases, pictures, small configurations."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,17 @@ def picture(path: Path, seed: int, width: int = 64, height: int = 64) -> Path:
     pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
+
+
+def paired_pictures(folder: Path) -> Path:
+    """Three pictures of two proportions, with captions and control pictures: fit for every task."""
+    rows: list[dict[str, object]] = []
+    for i, width in enumerate((64, 64, 96)):
+        picture(folder / f"{i}.png", i, width)
+        picture(folder / "control" / f"{i}.png", 10 + i, width)
+        rows.append({"file_name": f"{i}.png", "text": f"a robot, picture {i}"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
 
 
 SMALL: Table = {

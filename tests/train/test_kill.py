@@ -49,7 +49,9 @@ def killed_again_and_again(forge: Forge, make: Callable[[str], RunConfig], tmp: 
             if status != KILLED:
                 break
         assert status == 0, forge.log.read_text()[-3000:]
-        assert kept(Path(config.output)) == expected, f"run {ended} of seed {seed}, killed {attempt} times"
+        found = kept(Path(config.output))
+        odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        assert not odd, f"run {ended} of seed {seed}, killed {attempt} times"
         if done >= kills:
             return ended + 1
     raise AssertionError
@@ -67,21 +69,21 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
     assert killed_again_and_again(forge, make, tmp_path, kills=10, seed=0)
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_a_save_killed_at_any_call_leaves_the_old_checkpoint_or_the_new(keep: int, forge: Forge, tmp_path: Path) -> None:
+def test_a_save_killed_at_any_call_leaves_the_old_checkpoint_or_the_new(forge: Forge, tmp_path: Path) -> None:
+    """Also while the old one is removed, which only then may go."""
     old, new = tensors_of(small_state(1)), tensors_of(small_state(2))
     seen: list[int] = []
     for die in itertools.count(1):
         root = tmp_path / str(die)
-        save(root, small_state(1), keep)
-        status = forge.call(f"{WORK}:save_and_die", root=str(root), step=2, keep=keep, die=die)
+        save(root, small_state(1), 1)
+        status = forge.call(f"{WORK}:save_and_die", root=str(root), step=2, keep=1, die=die)
         said: list[str] = []
         state = restored(root, said)
         expected = new if state.step == 2 else old
         assert all(torch.equal(value, expected[name]) for name, value in tensors_of(state).items())
         assert not said, "what was cut short has no name of a checkpoint"
-        save_and_die(str(root), 2, keep, 0)
-        assert sorted(p.name for p in root.iterdir()) == ["step-000001", "step-000002"][-keep:]
+        save_and_die(str(root), 2, 1, 0)
+        assert sorted(p.name for p in root.iterdir()) == ["step-000002"]
         seen.append(state.step)
         if status == 0:
             break
@@ -192,8 +194,19 @@ def test_removing_old_ones_never_counts_a_damaged_one_as_kept(tmp_path: Path) ->
     assert restored(tmp_path).step == 1
 
 
+def test_another_machine_is_said(tmp_path: Path) -> None:
+    save(tmp_path, small_state(1), 2)
+    threads, said = torch.get_num_threads(), list[str]()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert restored(tmp_path, said).step == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert len(said) == 1 and f"threads {threads} -> {threads + 1}; the result may differ in its last digits" in said[0]
+
+
 def test_when_all_are_damaged_that_is_said(tmp_path: Path) -> None:
     save(tmp_path, small_state(1), 2)
     (tmp_path / "step-000001" / "manifest.json").unlink()
-    with pytest.raises(TrainError, match="no whole checkpoint"):
+    with pytest.raises(TrainError, match="no whole checkpoint: checkpoint step-000001 .* it has no manifest.json"):
         restored(tmp_path)

@@ -16,6 +16,7 @@ from vgm_peft.errors import ConfigError, SaveError
 from vgm_peft.train.config import DeltaConfig, bind, table
 from vgm_peft.train.config_learning import LossConfig, OptimiserConfig
 from vgm_peft.train.journal import Journal, Taken
+from vgm_peft.train.losses import timesteps
 from vgm_peft.train.objective import Objective
 from vgm_peft.train.optim import MovingAverage, rate_factor, set_rates
 from vgm_peft.train.recipes import read_recipe, shipped_folder, shipped_recipe
@@ -72,7 +73,7 @@ def test_turns_are_independent_and_repeatable() -> None:
 def test_stratified_timesteps_cover_the_schedule() -> None:
     objective = Objective.of(tiny_base("sd15"), LossConfig(stratified=True))
     for seed in range(20):
-        t = objective.timesteps(8, torch.Generator().manual_seed(seed))
+        t = timesteps(8, torch.Generator().manual_seed(seed), objective.process, objective.config)
         assert sorted((t // 125).tolist()) == list(range(8))
 
 
@@ -89,7 +90,7 @@ def test_min_snr_and_offset_change_the_loss_as_they_say() -> None:
                 "offset": LossConfig(noise_offset=0.1),
             }.items()
         }
-    t = Objective.of(base, LossConfig()).timesteps(4, _after_noise(turn, x0.shape))
+    t = timesteps(4, _after_noise(turn, x0.shape), base.process, LossConfig())
     assert torch.allclose(losses["snr"], losses["plain"] * base.process.weight(t, 5.0))
     assert not torch.equal(losses["offset"], losses["plain"])
 

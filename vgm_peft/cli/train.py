@@ -105,7 +105,7 @@ def _farewell(config: "RunConfig", result: "RunResult") -> str:
     exports = sorted((folder / "exports").glob("*"))
     lines += [f"exported  {path}" for path in exports]
     lines += [f"previews  {folder / 'samples'}"] if result.samples else []
-    lines += [f"record    {folder / 'run.toml'}, manifest.json, metrics.jsonl"]
+    lines += [f"record    {folder / 'report.html'}, run.toml, manifest.json, metrics.jsonl"]
     prompt = result.prompts[0] if result.prompts else "..."
     use = ["--control", f"{result.delta}:PICTURE.png"] if result.delta.is_dir() else ["--delta", str(result.delta)]
     command = ["vgm-generate", "--base", config.base, *use, "--prompt", prompt, "--output", "picture.png"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vgm_peft.errors import TrainError, VgmError
 from vgm_peft.formats.canonical import open_header, read_tensors, save_file
 from vgm_peft.train.durable import folder_aside, remove_folder, sweep
-from vgm_peft.train.origin import Origin, demand_same
+from vgm_peft.train.origin import Origin, demand_same, differences
 from vgm_peft.train.seal import check, read_facts, seal, write_facts
 
 if TYPE_CHECKING:
@@ -58,16 +58,15 @@ class State:
 def save(root: Path, state: State, keep: int) -> Path:
     """Write a checkpoint under `root`, then remove the oldest until `keep` are left. Raises `SaveError`."""
     folder = root / f"step-{state.step:06d}"
-    if folder.exists():
-        if _whole(folder):  # saved before; the same step of the same run holds the same bytes
-            return folder
-        remove_folder(folder)
     sweep(root)
-    tensors, facts = _capture(state)
-    with folder_aside(folder) as aside:
-        save_file(tensors, aside / TENSORS)
-        write_facts(aside / FACTS, facts)
-        seal(aside, VERSION, state.step)
+    if not _whole(folder):  # otherwise it was saved before: the same step of the same run holds the same bytes
+        if folder.exists():
+            remove_folder(folder)
+        tensors, facts = _capture(state)
+        with folder_aside(folder) as aside:
+            save_file(tensors, aside / TENSORS)
+            write_facts(aside / FACTS, facts)
+            seal(aside, VERSION, state.step)
     # Later ones can only be damaged ones that this run went back behind: they count for nothing and are overwritten yet.
     for old in [p for p in _newest_first(root) if _step(p) <= state.step][keep:]:
         remove_folder(old)
@@ -80,32 +79,22 @@ def restore(root: Path, state: State, notice: Callable[[str], None]) -> Path | N
     A run that was stopped before its first checkpoint begins again: `None`. Raises `TrainError` when all there are are
     damaged, or when the newest whole one belongs to a run of another origin.
     """
-    found = _newest_first(root)
-    if not found:
-        notice("there is no checkpoint yet: the run begins again")
-        return None
-    for folder in found:
+    passed: list[str] = []
+    for folder in _newest_first(root):
         try:
             facts, tensors = _read(folder)
         except (OSError, ValueError, KeyError, TypeError, VgmError) as error:
-            notice(f"checkpoint {folder.name} is passed over: {error}")
+            passed.append(f"checkpoint {folder.name} is passed over: {error}")
+            notice(passed[-1])
             continue
         demand_same(folder, cast(Origin, facts["origin"]), state.origin or {})
-        if facts["torch"] != torch.__version__:
-            notice(f"torch was {facts['torch']} and is {torch.__version__}: the result may differ in its last digits")
+        if elsewhere := differences(facts["machine"], _machine(state)):
+            notice(f"begun on another machine (then -> now): {', '.join(elsewhere)}; the result may differ in its last digits")
         _apply(folder, state, facts, tensors)
         return folder
-    raise TrainError(f"{root} holds no whole checkpoint", fix="start the run anew in another folder (--output)")
-
-
-def apply_parameters(root: Path, state: State) -> int:
-    """Give the parameters (and their average) alone the values of the newest checkpoint under `root`; return its step."""
-    for folder in _newest_first(root):
-        if _whole(folder):
-            _, tensors = _read(folder)
-            _put(folder, state, tensors)
-            return _step(folder)
-    raise TrainError(f"{root} holds no whole checkpoint", fix="start the run anew in another folder (--output)")
+    if not passed:
+        return None
+    raise TrainError(f"{root} holds no whole checkpoint: {'; '.join(passed)}", fix="start the run anew in another --output")
 
 
 def _capture(state: State) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -120,7 +109,7 @@ def _capture(state: State) -> tuple[dict[str, Tensor], dict[str, object]]:
         tensors |= {f"group/{number}/{k}": v for k, v in group.items() if isinstance(v, Tensor)}
     for name, shadow in zip(state.parameters, state.average.shadow, strict=bool(state.average.shadow)):
         tensors[f"average/{name}"] = shadow
-    away = next(iter(state.parameters.values())).device.type
+    away = _device(state)
     facts: dict[str, object] = {
         "step": state.step,
         "numbers": numbers,
@@ -129,10 +118,19 @@ def _capture(state: State) -> tuple[dict[str, Tensor], dict[str, object]]:
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "waiting": sorted(state.waiting),
         "best": None if state.best is None else vars(state.best),
-        "torch": torch.__version__,
+        "machine": _machine(state),
         "origin": state.origin,
     }
     return tensors, facts
+
+
+def _machine(state: State) -> dict[str, object]:
+    """What the last digits of a result depend on besides the run itself."""
+    return {"torch": torch.__version__, "device": _device(state), "threads": torch.get_num_threads()}
+
+
+def _device(state: State) -> str:
+    return next(iter(state.parameters.values())).device.type
 
 
 def _apply(folder: Path, state: State, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:

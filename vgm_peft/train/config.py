@@ -79,6 +79,9 @@ class ComputeConfig:
     """`no` is float32; `bf16` or `fp16` keep the frozen base in that type and compute in it."""
     gradient_checkpointing: bool = False
     """Compute the denoiser's activations twice instead of keeping them: about a third slower, far less memory."""
+    deterministic: bool = False
+    """On a GPU, only algorithms that give the same bits every time, which a resumed run needs to be exact; slower.
+    On a CPU it is always so."""
 
 
 @dataclass(frozen=True, kw_only=True)

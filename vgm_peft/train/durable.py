@@ -66,13 +66,14 @@ def remove_folder(folder: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes left half-written directly under a folder that is ours alone."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if not LEFTOVER.fullmatch(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    with saving(folder):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if not LEFTOVER.fullmatch(path.name):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

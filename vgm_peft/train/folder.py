@@ -5,6 +5,7 @@ exports/            the same for other tools    manifest.json   what it was made
 samples/            pictures made on the way    metrics.jsonl   one line per step
 data.md, data.json  every picture and file that it learned from, and in which buckets
 checkpoints/        to go on from               tb/             TensorBoard events
+report.html         all of it on one page
 """
 
 from collections.abc import Generator

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,6 +19,16 @@ PATIENCE = 4
 
 UNLUCKY = 1e-9
 """Chance that a unit may have of being left out of every step by `module_dropout` before it is blamed for not moving."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run is compared with at its end."""
+
+    values: Mapping[str, str]
+    """Fingerprints of the parameters."""
+    answers: Sequence[float]
+    """Losses on held-out noise."""
 
 
 def patience(config: RunConfig) -> float:

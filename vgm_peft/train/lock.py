@@ -32,9 +32,11 @@ def locked(folder: Path) -> Generator[None]:
         ours = True
         yield
     finally:
-        if ours:  # first the name, then the lock: who finds the file locked, finds the right one
-            path.unlink(missing_ok=True)
+        # First the name, then the lock: whoever gets to lock the file must find that it is not the named one any more.
+        named = ours and not _removed(path)
         os.close(number)
+        if named:
+            path.unlink(missing_ok=True)
 
 
 def _take(number: int, path: Path) -> None:
@@ -49,7 +51,8 @@ def _take(number: int, path: Path) -> None:
         raise TrainError(f"another run{who} is writing to {path.parent}", fix="wait for it, or name another --output")
     with saving(path):
         os.ftruncate(number, 0)
-        os.pwrite(number, json.dumps({"pid": os.getpid(), "born": _born(os.getpid())}).encode(), 0)
+        os.lseek(number, 0, os.SEEK_SET)
+        os.write(number, json.dumps({"pid": os.getpid(), "born": _born(os.getpid())}).encode())
 
 
 def _flock(number: int) -> bool | None:
@@ -68,7 +71,7 @@ def _flock(number: int) -> bool | None:
 def _owner(number: int) -> dict[str, Any]:
     """What the lock says of its holder; nothing when it is new or was cut short."""
     try:
-        said = json.loads(os.pread(number, 4096, 0))
+        said = json.loads(os.read(number, 4096))
     except (OSError, ValueError):
         return {}
     return said if isinstance(said, dict) and isinstance(said.get("pid"), int) else {}
@@ -94,6 +97,14 @@ def _born(pid: int) -> str | None:
         return str(psutil.Process(pid).create_time())
     except (psutil.Error, ValueError):
         return None
+
+
+def _removed(path: Path) -> bool:
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:  # Windows removes no file that is open
+        return False
+    return True
 
 
 def _moved(number: int, path: Path) -> bool:

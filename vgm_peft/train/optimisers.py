@@ -6,6 +6,7 @@ CAME: 2307.02047. 8-bit AdamW: 2110.02861.
 
 import importlib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,7 +96,8 @@ def check_optimiser(config: OptimiserConfig, device: str, ema: float) -> None:
 def effective(optimiser: torch.optim.Optimizer) -> list[dict[str, object]]:
     """What each group of parameters is really optimised with, the library's own defaults included; for the manifest."""
     plain = (int, float, bool, str, tuple, type(None))
-    return [{k: v for k, v in group.items() if k != "params" and isinstance(v, plain)} for group in optimiser.param_groups]
+    groups = [{k: v for k, v in group.items() if k != "params" and isinstance(v, plain)} for group in optimiser.param_groups]
+    return [{k: str(v) if v in (math.inf, -math.inf) else v for k, v in group.items()} for group in groups]  # JSON has no inf
 
 
 def _class(name: str, kind: Kind) -> type[torch.optim.Optimizer]:

@@ -4,7 +4,7 @@ Twice measured on the same parameters it is the same number to the last bit, so 
 measurements is one of the parameters.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -32,6 +32,10 @@ class Probe:
                 turn = Turn(self._seed, number, held_out=True)
                 torch.manual_seed(turn.value("dropout"))
                 out.append(float(self._task.loss(self._task.batch(turn), turn)))
+        if self._accelerator.num_processes > 1:  # all must draw the same conclusions, to the last bit
+            out = cast(
+                torch.Tensor, self._accelerator.reduce(torch.tensor(out, device=self._accelerator.device), "mean")
+            ).tolist()
         return out
 
     def loss(self, draws: int) -> float:

@@ -1,5 +1,6 @@
 """One run from its configuration to its folder: set up, train, check, save."""
 
+import os
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,16 +15,17 @@ from vgm_peft.errors import ConfigError
 from vgm_peft.families import outline, size_of
 from vgm_peft.family import Base, fitting_threads
 from vgm_peft.train import loop
-from vgm_peft.train.checkpoint import apply_parameters, restore
+from vgm_peft.train.checkpoint import restore
 from vgm_peft.train.config import RunConfig
 from vgm_peft.train.durable import write_text
 from vgm_peft.train.folder import RECIPE, choose_folder, claimed
-from vgm_peft.train.learned import demand_changed, demand_learned, fingerprints, patience
+from vgm_peft.train.learned import Beginning, demand_changed, demand_learned, fingerprints, patience
 from vgm_peft.train.manifest import describe, write_manifest
 from vgm_peft.train.optimisers import check_optimiser
 from vgm_peft.train.origin import origin
 from vgm_peft.train.probe import GATE_DRAWS
 from vgm_peft.train.recipes import portable
+from vgm_peft.train.report import write_report
 from vgm_peft.train.seal import digest_of_file
 from vgm_peft.train.survey import keep, plan, survey
 from vgm_peft.train.task import Setup, Task, own_chance
@@ -66,6 +68,7 @@ def train(config: RunConfig, *, resume: Path | None = None, base: Base | None = 
     folder = _agree(accelerator, resume or choose_folder(config))
     with ExitStack() as cleanup:
         cleanup.enter_context(own_chance(accelerator.device))
+        cleanup.enter_context(_deterministic(config))
         if accelerator.is_main_process:
             cleanup.enter_context(claimed(folder, resume is not None))
         report, views = _read(config, base, quiet=not accelerator.is_main_process)
@@ -73,35 +76,26 @@ def train(config: RunConfig, *, resume: Path | None = None, base: Base | None = 
         cleanup.callback(cache.close)
         setup = Setup(config, _ready(config, base, accelerator, cleanup), cache, accelerator, cleanup, surveyed=report)
         cleanup.enter_context(fitting_threads(setup.base.denoiser))
-        if setup.device.type == "cpu" and config.compute.precision == "bf16":
-            setup.notice('bf16 is many times slower on most CPUs: --set compute.precision="no" there')
-        if config.held_out.every and not config.held_out.pictures:
-            setup.notice("no pictures are kept back: the held-out loss is that of the training pictures, with unseen noise")
+        _remark(setup)
         with _main_first(accelerator):
             task = config.task_class().prepare(setup)
         desk = loop.set_up(task, setup, folder)
         state = desk.state
-        before, answers = fingerprints(state.parameters), desk.probe.losses(GATE_DRAWS)
+        beginning = Beginning(fingerprints(state.parameters), desk.probe.losses(GATE_DRAWS))
         state.origin = origin(config, setup.base.digest, task.facts()["data"])
         facts = {**describe(config, setup.base, state, accelerator), **task.facts(), "notices": setup.notices}
-        if resume is not None:
-            restore(desk.checkpoints, state, setup.notice)
+        if resume is not None and restore(desk.checkpoints, state, setup.notice) is None and accelerator.is_main_process:
+            print("note: there is no checkpoint yet: the run begins again")  # not kept: it says nothing of the result
         if accelerator.is_main_process:
             write_text(folder / RECIPE, portable(config, folder))
             keep(report, views or plan(report, config, size_of(setup.base)), folder)
             write_manifest(folder, facts)
-        finished = loop.run(desk)
-        delta = None
-        if finished:
-            if config.held_out.every:
-                apply_parameters(desk.best, state)
-            demand_learned(state, before, patience(config))
-            with state.average.in_place():
-                demand_changed(answers, desk.probe.losses(GATE_DRAWS))
-            delta = _save(task, desk, facts)
+            cleanup.callback(write_report, folder)  # however it ends
+        finished, done = loop.run(desk), state.step
+        delta = _conclude(task, desk, facts, beginning) if finished else None
         accelerator.wait_for_everyone()
         drawn, notices, prompts = tuple(desk.previews.drawn), tuple(setup.notices), tuple(desk.previews.prompts())
-        return RunResult(folder, delta, state.step, finished, drawn, notices, prompts, accelerator.is_main_process)
+        return RunResult(folder, delta, done, finished, drawn, notices, prompts, accelerator.is_main_process)
 
 
 def _read(config: RunConfig, base: Base | None, quiet: bool) -> tuple[Report, list[View]]:
@@ -146,6 +140,19 @@ def _ready(config: RunConfig, base: Base | None, accelerator: "Accelerator", cle
     return base
 
 
+@contextmanager
+def _deterministic(config: RunConfig) -> Generator[None]:
+    """Have a GPU take only algorithms that give the same bits every time, where that is asked for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if config.compute.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def _agree(accelerator: "Accelerator", folder: Path) -> Path:
     """The main process's choice of folder, for all."""
     if accelerator.num_processes == 1:
@@ -160,6 +167,27 @@ def _main_first(accelerator: "Accelerator") -> Generator[None]:
     """Let the main process fill the cache before the others read it."""
     with accelerator.main_process_first():
         yield
+
+
+def _remark(setup: Setup) -> None:
+    """Note what the user should know of the settings on this machine."""
+    config = setup.config
+    if setup.device.type == "cpu" and config.compute.precision == "bf16":
+        setup.notice('bf16 is many times slower on most CPUs: --set compute.precision="no" there')
+    if config.held_out.every and not config.held_out.pictures:
+        setup.notice("no pictures are kept back: the held-out loss is that of the training pictures, with unseen noise")
+
+
+def _conclude(task: Task[Any], desk: loop.Desk, facts: Mapping[str, object], beginning: Beginning) -> Path | None:
+    """Go back to the best step where one was sought, demand that something was learned, and save it."""
+    config, state = desk.config, desk.state
+    if config.held_out.every:
+        desk.accelerator.wait_for_everyone()  # the main process writes it
+        restore(desk.best, state, desk.notices.append)
+    demand_learned(state, beginning.values, patience(config))
+    with state.average.in_place():
+        demand_changed(beginning.answers, desk.probe.losses(GATE_DRAWS))
+    return _save(task, desk, facts)
 
 
 def _save(task: Task[Any], desk: loop.Desk, facts: Mapping[str, object]) -> Path | None:
