@@ -6,6 +6,7 @@ which puts the machine's name into the file's name.
 
 import importlib
 import json
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -88,7 +89,8 @@ class Journal:
 def _bar(done: int, steps: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=steps, initial=done, desc="training", unit="step", dynamic_ncols=True, mininterval=0.2)
+    pause = 0.2 if sys.stderr.isatty() else 15.0  # a log file wants a line now and then, not every step
+    return tqdm(total=steps, initial=done, desc="training", unit="step", dynamic_ncols=True, mininterval=pause)
 
 
 def read_metrics(path: Path, done: int | None = None) -> list[dict[str, Any]]:
