@@ -67,9 +67,10 @@ def test_a_folder_is_loaded_whole_and_frozen(folder: Path) -> None:
 
 
 def test_a_base_says_how_it_draws_best(folder: Path) -> None:
-    assert load(folder).guidance == TABLE[folder.name].guidance
-    (folder / "sampling.json").write_text('{"guidance": 2.25}')
-    assert load(folder).guidance == 2.25
+    assert load(folder).guidance() == TABLE[folder.name].guidance
+    for own in (2.25, 0.0):  # 0 is none, and not nothing said
+        (folder / "sampling.json").write_text(f'{{"guidance": {own}}}')
+        assert load(folder).guidance() == own and load(folder).guidance(4.0) == 4.0
     for nonsense in ("101", '"much"', "true", "NaN"):
         (folder / "sampling.json").write_text(f'{{"guidance": {nonsense}}}')
         with pytest.raises(BaseModelError, match="sampling.json: guidance = "):

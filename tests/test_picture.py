@@ -54,7 +54,7 @@ def test_a_picture_remakes_its_own_bytes(base: Base, tmp_path: Path) -> None:
 
 
 def test_guidance_left_out_is_the_bases_own_and_is_written_down(base: Base) -> None:
-    named = replace(base, guidance=2.25)
+    named = replace(base, own_guidance=2.25)
     drawn, asked = (generate(named, Stack(prompt="a toy", steps=2, guidance=g, width=16, height=16))[0] for g in (None, 2.25))
     assert drawn.image.tobytes() == asked.image.tobytes() and drawn.stack.guidance == 2.25
     assert generate(base, Stack(prompt="a toy", steps=2, width=16, height=16))[0].stack.guidance == base.family.guidance

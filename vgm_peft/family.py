@@ -183,12 +183,11 @@ class Base:
     """What the user called it: `toybox`, a folder, a file, a hub id."""
     digest: str = ""
     """SHA-256 over the weights, naming exactly these values in manifests and caches; empty when not asked for."""
-    guidance: float = 0.0
-    """Classifier-free guidance at which it draws unless the user says otherwise; 0 becomes its family's."""
+    own_guidance: float | None = None
+    """Classifier-free guidance that its folder asks for, if it says."""
     process: Process = field(init=False)
 
     def __post_init__(self) -> None:
-        self.guidance = self.guidance or self.family.guidance
         self.process = Process.of(self.pipe.scheduler.config)
 
     @cached_property
@@ -222,6 +221,10 @@ class Base:
         config: Any = self.denoiser.config
         size = config.sample_size
         return int(size if isinstance(size, int) else max(size)) * self.latent_factor
+
+    def guidance(self, asked: float | None = None) -> float:
+        """Classifier-free guidance to draw with: what is asked for, else what its folder says, else its family's."""
+        return next((value for value in (asked, self.own_guidance) if value is not None), self.family.guidance)
 
     def freeze(self) -> "Base":
         """Switch every part to evaluation mode without gradients, and return self."""

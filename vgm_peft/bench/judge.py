@@ -46,7 +46,7 @@ class Judge:
         """Draw and measure the untouched base."""
         self.pipe, self.subject, self.count = cast(TextToImage, base.pipe), subject_named(subject), count
         base.pipe.set_progress_bar_config(disable=True)
-        self.how, self.oracles = Sampling(steps=steps, guidance=base.guidance), Oracles.load()
+        self.how, self.oracles = Sampling(steps=steps, guidance=base.guidance()), Oracles.load()
         self.others = [prompt.text for prompt in heldout_prompts(count)]
         self.theirs = sample(self.pipe, self.others, self.how)
         self.before = self._measure()

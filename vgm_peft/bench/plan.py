@@ -17,6 +17,7 @@ from vgm_peft.train.config import RunConfig, table
 from vgm_peft.train.durable import write_text
 from vgm_peft.train.limits import within
 from vgm_peft.train.recipes import resolve
+from vgm_peft.train.seal import digest_of_file
 
 Record = Mapping[str, Any]
 
@@ -144,10 +145,8 @@ class Trial:
 @cache
 def _base_digest() -> str:
     """SHA-256 over the embedded base's weights: scores of another one are no part of the comparison."""
-    total = hashlib.sha256()
-    for path in sorted(toybox_folder().rglob("*.safetensors")):
-        total.update(path.read_bytes())
-    return total.hexdigest()
+    weights = sorted(toybox_folder().rglob("*.safetensors"))
+    return hashlib.sha256("".join(map(digest_of_file, weights)).encode()).hexdigest()
 
 
 def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:

@@ -48,7 +48,7 @@ def load_base(
     families: Mapping[str, Family], source: str | Path, dtype: torch.dtype, device: "torch.device | str", digest: bool
 ) -> Base:
     """Load a base of one of `families`, frozen; see `families.load`."""
-    name, guidance = str(source), 0.0
+    name, guidance = str(source), None
     path = toybox_folder() if name == TOYBOX else Path(source).expanduser()
     if path.is_file() or path.suffix in (*PICKLED, ".safetensors"):
         pipe, files = load_file(families, path, dtype), [path]
@@ -74,10 +74,11 @@ def load_base(
     return base.freeze()
 
 
-def own_guidance(folder: Path) -> float:
-    """The guidance that a base's folder asks for, 0 where it says nothing. Raises `BaseModelError` for nonsense."""
+def own_guidance(folder: Path) -> float | None:
+    """The guidance that a base's folder asks for, if it says. Raises `BaseModelError` for nonsense."""
     path = folder / SAMPLING
-    value = read_json(path).get("guidance", 0.0) if path.is_file() else 0.0
+    if not path.is_file() or (value := read_json(path).get("guidance")) is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 100.0:
         raise BaseModelError(f"{path}: guidance = {value!r}", expected="a number, 0 .. 100", fix="mend or delete the file")
     return float(value)

@@ -70,7 +70,7 @@ def draw(applied: Applied, record: Stack, on_step: OnStep | None = None) -> Iter
     """Draw the pictures of a stack that is on its base, one after another; `record` is what their metadata say."""
     base, stack = applied.base, applied.stack
     width, height = stack.width or base.resolution, stack.height or base.resolution
-    guidance = base.guidance if stack.guidance is None else stack.guidance
+    guidance = base.guidance(stack.guidance)
     record = replace(record, base_digest=base.digest, width=width, height=height, guidance=guidance, count=1).beginning_at(
         record.folder
     )

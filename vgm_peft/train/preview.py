@@ -35,7 +35,6 @@ class Previews:
     def draw(self, step: int) -> None:
         """Draw into `samples/` (the main process only). Parameters, modes and chance are afterwards as before."""
         plan, base = self.config.preview, self.setup.base
-        guidance = base.guidance if plan.guidance is None else plan.guidance
         if not plan.count or not self.setup.accelerator.is_main_process:
             return
         with saving(self.folder):
@@ -48,7 +47,7 @@ class Previews:
                     latents = pipe(
                         prompt=prompts[i % len(prompts)],
                         num_inference_steps=plan.steps,
-                        guidance_scale=guidance,
+                        guidance_scale=base.guidance(plan.guidance),
                         generator=torch.Generator().manual_seed(self.config.seed + i),
                         output_type="latent",
                         **extra,

@@ -11,7 +11,6 @@ from vgm_peft import __version__
 from vgm_peft.data import Order
 from vgm_peft.data.cache import key_of
 from vgm_peft.errors import BaseModelError
-from vgm_peft.family import Base
 from vgm_peft.train.sampler import SCHEDULER, sampler
 from vgm_peft.train.task import Setup, Turn
 
@@ -29,10 +28,6 @@ class ClassPlan:
     steps: int
     guidance: float | None
     """`None`: the base's own."""
-
-    def guided(self, base: Base) -> float:
-        """The guidance that these pictures are drawn with."""
-        return base.guidance if self.guidance is None else self.guidance
 
 
 class ClassPictures:
@@ -86,7 +81,7 @@ def _key(setup: Setup, plan: ClassPlan, resolution: int, number: int) -> str:
     if not base.digest:
         return ""
     sampler = f"{SCHEDULER} {dict(base.pipe.scheduler.config)}"
-    drawn = (*_prompts(plan, number), plan.steps, str(plan.guided(base)), resolution, number, TOGETHER)
+    drawn = (*_prompts(plan, number), plan.steps, str(base.guidance(plan.guidance)), resolution, number, TOGETHER)
     kind = f"{setup.config.compute.precision} {setup.device.type} {torch.__version__} {__version__}"
     return key_of("class", base.digest, sampler, *drawn, kind)
 
@@ -103,7 +98,7 @@ def _draw(setup: Setup, plan: ClassPlan, resolution: int, number: int) -> Tensor
         latents: Tensor = pipe(
             prompt=_prompts(plan, number),
             num_inference_steps=plan.steps,
-            guidance_scale=plan.guided(setup.base),
+            guidance_scale=setup.base.guidance(plan.guidance),
             width=resolution,
             height=resolution,
             generator=torch.Generator().manual_seed(seed),
