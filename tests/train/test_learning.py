@@ -11,7 +11,7 @@ from vgm_peft.train.config import bind
 from vgm_peft.train.config_learning import LossConfig
 from vgm_peft.train.journal import Taken
 from vgm_peft.train.losses import averaged, errors, huber_bound, timesteps, weights
-from vgm_peft.train.objective import Objective
+from vgm_peft.train.objective import Lesson, Objective
 from vgm_peft.train.task import Turn
 from vgm_peft.train.watch import PAUSE, Watch
 
@@ -129,7 +129,7 @@ def test_no_gradient_comes_from_behind_a_mask() -> None:
         seen.append(target.clone().requires_grad_())
         return seen[-1]
 
-    objective.losses(x0, condition, torch.zeros(2, 6), turn, teacher=teacher, mask=mask).sum().backward()
+    objective.losses(Lesson(x0, condition, torch.zeros(2, 6), mask), turn, teacher=teacher).sum().backward()
     gradient = seen[0].grad
     assert gradient is not None and not bool(gradient[..., 4:].any()) and bool(gradient[..., :4].all())
 
@@ -164,3 +164,16 @@ def test_parts_without_a_gradient_are_named_once() -> None:
         watch.gradients(waiting)
         said += watch.step(step, Taken(0.1, 0.1, 1.0), waiting)
     assert waiting == {"dead"} and len(said) == 1 and said[0].endswith("1 of 2 parts yet: dead")
+
+
+def test_two_lessons_in_one_count_where_each_did() -> None:
+    base = tiny_base("sd15")
+    half = torch.zeros(1, 1, 4, 4)
+    half[..., :2] = 1.0
+    condition = base.family.encode_prompt(base, ["a toy"])
+    masked = Lesson(torch.zeros(1, 4, 4, 4), condition, torch.zeros(1, 6), half)
+    whole = Lesson(torch.ones(1, 4, 4, 4), condition, torch.ones(1, 6))
+    both = masked + whole
+    assert both.mask is not None and torch.equal(both.mask, torch.cat([half, torch.ones(1, 1, 4, 4)]))
+    assert torch.equal(both.x0, torch.cat([masked.x0, whole.x0])) and len(both.condition) == 2
+    assert (whole + whole).mask is None

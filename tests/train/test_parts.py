@@ -17,7 +17,7 @@ from vgm_peft.train.config import DeltaConfig, bind, table
 from vgm_peft.train.config_learning import LossConfig, OptimiserConfig
 from vgm_peft.train.journal import Journal, Taken
 from vgm_peft.train.losses import timesteps
-from vgm_peft.train.objective import Objective
+from vgm_peft.train.objective import Lesson, Objective
 from vgm_peft.train.optim import MovingAverage, rate_factor, set_rates
 from vgm_peft.train.recipes import read_recipe, shipped_folder, shipped_recipe
 from vgm_peft.train.task import Turn
@@ -83,7 +83,7 @@ def test_min_snr_and_offset_change_the_loss_as_they_say() -> None:
     with torch.no_grad():
         condition = base.family.encode_prompt(base, ["a robot"] * 4)
         losses = {
-            name: Objective.of(base, config).losses(x0, condition, torch.zeros(4, 6), turn)
+            name: Objective.of(base, config).losses(Lesson(x0, condition, torch.zeros(4, 6)), turn)
             for name, config in {
                 "plain": LossConfig(),
                 "snr": LossConfig(min_snr=5.0),

@@ -25,7 +25,7 @@ from vgm_peft.formats import read
 from vgm_peft.train import train
 from vgm_peft.train.config import RunConfig, bind, table
 from vgm_peft.train.learner import Learner
-from vgm_peft.train.objective import Objective
+from vgm_peft.train.objective import Lesson, Objective
 from vgm_peft.train.pictures import Pictures
 from vgm_peft.train.recipes import resolve
 from vgm_peft.train.task import Setup, Turn
@@ -200,7 +200,7 @@ def test_the_delta_lowers_the_loss_it_was_trained_on(config: Make) -> None:
             turn = Turn(7, number)
             shown = pictures.draw(turn)
             condition = base.family.encode_prompt(base, shown.captions)
-            total += float(objective.losses(shown.x0, condition, shown.sizes, turn).mean())
+            total += float(objective.losses(Lesson(shown.x0, condition, shown.sizes), turn).mean())
         return total / 8
 
     with torch.no_grad():

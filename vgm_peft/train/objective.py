@@ -23,6 +23,26 @@ Teacher = Callable[[Query, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """What a loss is taken on: latents `x0` (B, C, H, W), their B conditions, `sizes` (B, 6), and how much each place counts,
+    `mask` (B, 1, H, W) in 0 .. 1; without one all count alike."""
+
+    x0: Tensor
+    condition: Condition
+    sizes: Tensor
+    mask: Tensor | None = None
+
+    def __add__(self, other: "Lesson") -> "Lesson":
+        """Both, one after the other."""
+        mask = None if self.mask is None and other.mask is None else torch.cat([self._counts(), other._counts()])
+        condition = Condition.cat([self.condition, other.condition])
+        return Lesson(torch.cat([self.x0, other.x0]), condition, torch.cat([self.sizes, other.sizes]), mask)
+
+    def _counts(self) -> Tensor:
+        return self.x0.new_ones(len(self.x0), 1, *self.x0.shape[2:]) if self.mask is None else self.mask
+
+
+@dataclass(frozen=True)
 class Objective:
     """The loss of one base under one `[loss]`."""
 
@@ -39,30 +59,29 @@ class Objective:
 
     def losses(
         self,
-        x0: Tensor,
-        condition: Condition,
-        sizes: Tensor,
+        lesson: Lesson,
         turn: Turn,
+        *,
         side: Side | None = None,
-        purpose: str = "noise",
         teacher: Teacher | None = None,
-        mask: Tensor | None = None,
+        purpose: str = "noise",
     ) -> Tensor:
-        """Return the weighted loss of each picture, (B,) float32, for latents `x0` (B, C, H, W) and B conditions.
+        """Return the weighted loss of each picture of a lesson, (B,) float32.
 
         Noise and timesteps are drawn on the CPU from the turn, so they are the same on every device; two calls in one
-        turn need a `purpose` each to draw differently. `mask` (B, 1, H, W) says how much each place counts.
+        turn need a `purpose` each to draw differently.
         """
+        x0 = lesson.x0
         generator = turn.generator(purpose)
         noise = torch.randn(x0.shape, generator=generator)
         if self.config.noise_offset:
             noise += self.config.noise_offset * torch.randn(*x0.shape[:2], 1, 1, generator=generator)
         noise, t = noise.to(x0.device), timesteps(len(x0), generator, self.process, self.config).to(x0.device)
-        query = Query(self.process.corrupt(x0, noise, t), t, condition, sizes)
+        query = Query(self.process.corrupt(x0, noise, t), t, lesson.condition, lesson.sizes)
         target = self.process.target(x0, noise, t)
         if teacher is not None:  # first, so that what follows the timestep is left as the question of the loss has it
             target = teacher(query, target)
         prediction = self.base.family.predict(self.base, query, None if side is None else side(query))
-        error = averaged(errors(prediction, target, t, self.process, self.config), mask)
+        error = averaged(errors(prediction, target, t, self.process, self.config), lesson.mask)
         weight = weights(t, self.process, self.config)
         return error if weight is None else error * weight

@@ -18,7 +18,7 @@ from vgm_peft.sides import side_named
 from vgm_peft.stack.controls import Control, carrying
 from vgm_peft.train.config import RunConfig
 from vgm_peft.train.manifest import digest_of_examples
-from vgm_peft.train.objective import Objective
+from vgm_peft.train.objective import Lesson, Objective
 from vgm_peft.train.pictures import Cut, Pictures, Prompts, Shown
 from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
 
@@ -99,7 +99,7 @@ class ControlNet(Task[Pair]):
 
         shown = batch.shown
         condition = self.prompts(shown.captions)
-        return self.objective.losses(shown.x0, condition, shown.sizes, turn, side, mask=shown.mask).mean()
+        return self.objective.losses(Lesson(shown.x0, condition, shown.sizes, shown.mask), turn, side=side).mean()
 
     def save(self, folder: Path) -> Path:
         """Write the network's diffusers folder."""

@@ -21,12 +21,12 @@ from torch import Tensor
 from vgm_peft.config import build
 from vgm_peft.data import Example, Source, names_word
 from vgm_peft.errors import ConfigError, DataError
-from vgm_peft.family import Condition, Query
+from vgm_peft.family import Query
 from vgm_peft.train.config import RunConfig
 from vgm_peft.train.learner import Learner
 from vgm_peft.train.limits import within
 from vgm_peft.train.manifest import digest_of_examples
-from vgm_peft.train.objective import Objective, Teacher
+from vgm_peft.train.objective import Lesson, Objective, Teacher
 from vgm_peft.train.pictures import Pictures, Prompts, Shown
 from vgm_peft.train.prior import ClassPictures, ClassPlan
 from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
@@ -140,19 +140,16 @@ class DreamBooth(Task[Both]):
     def loss(self, batch: Both, turn: Turn) -> Tensor:
         """Eq. 2: each part is averaged over its own pictures; parts of one size go through the network together."""
         subject = batch.subject
-        mask = subject.mask
+        lesson = Lesson(subject.x0, self.prompts(subject.captions), subject.sizes, subject.mask)
         if batch.kind is None or self.kind is None:
-            return self.objective.losses(subject.x0, self.prompts(subject.captions), subject.sizes, turn, mask=mask).mean()
+            return self.objective.losses(lesson, turn).mean()
         (kind, texts), count = batch.kind, len(subject)
-        prior, condition, teacher = self.prompts(texts), self.prompts(subject.captions), self._teacher(texts)
+        prior, teacher = Lesson(kind, self.prompts(texts), self.kind.sizes(len(kind))), self._teacher(texts)
         if kind.shape[1:] != subject.x0.shape[1:]:
-            ours = self.objective.losses(subject.x0, condition, subject.sizes, turn, mask=mask)
-            theirs = self.objective.losses(kind, prior, self.kind.sizes(len(kind)), turn, None, "class noise", teacher)
+            ours = self.objective.losses(lesson, turn)
+            theirs = self.objective.losses(prior, turn, teacher=teacher, purpose="class noise")
         else:
-            x0, sizes = torch.cat([subject.x0, kind]), torch.cat([subject.sizes, self.kind.sizes(len(kind))])
-            if mask is not None:  # class pictures count everywhere
-                mask = torch.cat([mask, mask.new_ones(len(kind), *mask.shape[1:])])
-            both = self.objective.losses(x0, Condition.cat([condition, prior]), sizes, turn, teacher=teacher, mask=mask)
+            both = self.objective.losses(lesson + prior, turn, teacher=teacher)
             ours, theirs = both[:count], both[count:]
         return ours.mean() + self.subjects[0].prior_weight * theirs.mean()
 

@@ -12,7 +12,7 @@ from vgm_peft.data import Source
 from vgm_peft.train.config import RunConfig
 from vgm_peft.train.learner import Learner
 from vgm_peft.train.manifest import digest_of_examples
-from vgm_peft.train.objective import Objective
+from vgm_peft.train.objective import Lesson, Objective
 from vgm_peft.train.pictures import Pictures, Prompts, Shown
 from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
 
@@ -63,7 +63,7 @@ class FineTune(Task[Shown]):
     def loss(self, batch: Shown, turn: Turn) -> Tensor:
         """The mean over the pictures."""
         condition = self.prompts(batch.captions)
-        return self.objective.losses(batch.x0, condition, batch.sizes, turn, mask=batch.mask).mean()
+        return self.objective.losses(Lesson(batch.x0, condition, batch.sizes, batch.mask), turn).mean()
 
     def evaluating(self) -> AbstractContextManager[None]:
         """The delta without dropout."""

@@ -17,7 +17,7 @@ from vgm_peft.train.config import RunConfig
 from vgm_peft.train.learner import provenance, save_delta
 from vgm_peft.train.limits import within
 from vgm_peft.train.manifest import digest_of_examples
-from vgm_peft.train.objective import Objective
+from vgm_peft.train.objective import Lesson, Objective
 from vgm_peft.train.pictures import Cut, Pictures, Prompts, Shown
 from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
 from vgm_peft.words import WordAttachment, new_word
@@ -116,7 +116,7 @@ class TextualInversion(Task[Shown]):
     def loss(self, batch: Shown, turn: Turn) -> Tensor:
         """The mean over the pictures."""
         condition = self.prompts(self._captions(batch, turn))
-        return self.objective.losses(batch.x0, condition, batch.sizes, turn, mask=batch.mask).mean()
+        return self.objective.losses(Lesson(batch.x0, condition, batch.sizes, batch.mask), turn).mean()
 
     def _captions(self, batch: Shown, turn: Turn) -> list[str]:
         count = len(self.options[0].sentences)
