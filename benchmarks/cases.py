@@ -22,6 +22,7 @@ def cases() -> dict[str, Case]:
     """Defaults where they fit Toybox's narrow layers (32 to 256 wide), else the nearest that do."""
     r8: Options = {"r": 8, "lora_alpha": 8}
     ly8: Options = {"lora_dim": 8, "alpha": 8}
+    apart: Options = {"weight_decompose": True, "wd_on_out": True}
     return {
         "lora": Case("lora", target=1.0, peft=("LoraConfig", r8), lycoris=("locon.LoConModule", ly8)),
         "dora": Case(
@@ -46,6 +47,12 @@ def cases() -> dict[str, Case]:
             1.25,
             ("LoHaConfig", {"r": 4, "alpha": 1}),
             ("loha.LohaModule", {"lora_dim": 4, "alpha": 1}),
+        ),
+        "lokr-decomposed": Case(
+            "lokr", {"decompose": "output"}, 1.25, lycoris=("lokr.LokrModule", {"lora_dim": 4, "alpha": 4, **apart})
+        ),
+        "loha-decomposed": Case(
+            "loha", {"rank": 4, "decompose": "output"}, 1.25, lycoris=("loha.LohaModule", {"lora_dim": 4, "alpha": 1, **apart})
         ),
         "oft": Case("oft", {"block": 4}, 1.1, lycoris=("diag_oft.DiagOFTModule", {"lora_dim": 4})),
         "oft-input": Case("oft", {"side": "input", "terms": 5}, 1.1, ("OFTConfig", {"oft_block_size": 32})),

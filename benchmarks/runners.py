@@ -63,6 +63,7 @@ def runner(name: str, base: Base, batches: Batches, attach: Attach) -> Runner:
         return float(value.detach())
 
     out = Runner(name, unet, trained, step)
+    loss()  # what differs in a first forward is not counted
     with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor):
         value = loss()
     out.held = saved.bytes + _bytes(unet, trained)

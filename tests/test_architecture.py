@@ -17,14 +17,29 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vgm_peft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-NOUNS = ("site", "delta", "shares", "socket", "attachment", "process", "family", "side", "words", "folders")
-ROOMS = ("deltas", "families", "sides")
+NOUNS = (
+    "site",
+    "delta",
+    "shares",
+    "socket",
+    "attachment",
+    "process",
+    "family",
+    "side",
+    "score",
+    "word",
+    "words",
+    "desk",
+    "folders",
+)
+ROOMS = ("deltas", "families", "sides", "scores")
 LAYERS = (
-    ("errors", "config"),
+    ("errors", "config", "header"),
     NOUNS,
     ROOMS,
     ("formats",),
     ("stack", "data", "picture"),
+    ("tools",),
     ("train",),
     ("studio", "bench"),
     ("cli", "demo"),
@@ -84,6 +99,12 @@ def test_imports_point_down(path: Path) -> None:
         if not allowed:
             wrong.append(f"{label(path)}:{line} imports {module}")
     assert not wrong
+
+
+def test_a_scorer_is_at_home_in_its_room_or_in_the_world_that_it_knows() -> None:
+    """Scorers are found by name when they are asked for: the one way from the toolkit to the world, and that of its oracles."""
+    homes = {name: top(place.partition(":")[0]) for name, place in importlib.import_module("vgm_peft.scores").TABLE.items()}
+    assert {home for name, home in homes.items() if name != "oracles"} == {"scores"} and homes["oracles"] == "toybox"
 
 
 @pytest.mark.parametrize("path", FILES, ids=label)

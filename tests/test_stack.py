@@ -252,11 +252,7 @@ def test_strength_zero_equals_absent_bit_for_bit(base: Base) -> None:
 
 
 def test_stack_conflicts_are_errors_and_touch_nothing(base: Base) -> None:
-    a, b = make_delta(base), make_delta(base, seed=1)
-    a.words["<toy>"], b.words["<toy>"] = make_word(base), make_word(base)
     before = fingerprint(base.pipe)
-    with pytest.raises(DeltaError, match='both bring the word "<toy>"'):
-        drawn(base, {"a": a, "b": b}, deltas=uses(a=1, b=1))
     with pytest.raises(ConfigError, match="twice"):
         Stack(deltas=(DeltaUse(file="a"), DeltaUse(file="a")))
     foreign = make_delta(base)

@@ -99,8 +99,13 @@ class Attachment(_Owner):
 
     def _deal(self, part: str, shares: Shares, *_: object) -> None:
         """Let the patches of a part that act derive together what follows from their parameters (a forward pre-hook)."""
-        mine = (patch for patch in self.delta if isinstance(patch, Deriving) and patch.site.part == part)
-        shares.deal(patch for patch in mine if self.strength_of(patch.site) != 0.0)
+        mine = (
+            (patch, socket.joined_base(patch) if patch.makes_changes else None)
+            for socket in dict.fromkeys(self.sockets)
+            for patch, owner in socket.live
+            if owner is self and isinstance(patch, Deriving) and patch.site.part == part and self.strength_of(patch.site) != 0.0
+        )
+        shares.deal(mine)
 
     def strength_of(self, site: Site) -> float:
         """The effective strength at one of the delta's sites."""

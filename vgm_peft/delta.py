@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vgm_peft.errors import DeltaError
 from vgm_peft.site import Op, Site, locate
+from vgm_peft.word import Word
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -204,15 +205,6 @@ def convolve(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)  # pyright: ignore[reportPrivateUsage]
         return cast(Callable[..., Tensor], function)(x, weight, None, conv.stride, 0, conv.dilation, conv.groups)
     return cast(Callable[..., Tensor], function)(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-@dataclass(frozen=True)
-class Word:
-    """A trained token: no weight change but new embedding rows, one stack (N, D) for every text encoder it was trained on."""
-
-    token: str
-    rows: dict[str, Tensor]
-    """Part name (`text_encoder`, `text_encoder_2`) -> (N, D) float tensor; N vectors, all parts the same N."""
 
 
 @dataclass

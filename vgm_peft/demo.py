@@ -39,7 +39,7 @@ def main() -> int:
         "task": {"name": "dreambooth", "class_prompt": f"a photo of a {SUBJECT}"},
         "data": {"images": str(images)},
         "output": str(_free(Path("runs/demo"))),
-        "exports": ["kohya", "diffusers"],
+        "exports": ["kohya", "diffusers", "peft"],
     }
     result = train(resolve(asked).config, base=base)
     if result.delta is None:
@@ -94,7 +94,7 @@ def _summary(folder: Path, delta: Path, picture: Path, minutes: float) -> str:
 Done in {minutes:.1f} minutes.
   the grid     {picture}
   the delta    {delta}
-  for others   (kohya: ComfyUI, A1111, Forge, InvokeAI; diffusers: load_lora_weights)
+  for others   (kohya: ComfyUI, A1111, Forge, InvokeAI; diffusers: load_lora_weights; peft: PeftModel)
 {exports}
   the record   {folder}/run.toml, manifest.json, metrics.jsonl, samples/
 

@@ -7,7 +7,7 @@ diffusers and transformers. A new family is one file under `families/` and one l
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,6 +38,10 @@ class Condition:
         """Return the chosen rows."""
         rows = torch.as_tensor(index, device=self.hidden.device)
         return Condition(self.hidden[rows], None if self.pooled is None else self.pooled[rows])
+
+    def rows(self) -> "list[Condition]":
+        """Return the rows, each by itself."""
+        return [self.pick([i]) for i in range(len(self))]
 
     def to(self, device: "torch.device | str | None" = None, dtype: torch.dtype | None = None) -> "Condition":
         """Return a copy on another device or of another dtype."""
@@ -89,32 +93,40 @@ class Residuals:
         return Residuals(tuple(a + b for a, b in zip(self.down, other.down, strict=True)), self.mid + other.mid)
 
 
+Place = tuple[str, str]
+"""Part and module."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A module that another tool keeps as some rows of a larger tensor, or of one whose rows are in another order."""
+
+    place: Place
+    rows: tuple[range, ...] = ()
+    """Which rows of the tool's tensor, in the module's own order; none: all, as they are."""
+
+
 @dataclass(frozen=True)
 class KeyTable:
     """How other tools spell this family's modules.
 
-    `kohya` maps `(part, module)` to the full prefix written before `.lora_down.weight` and its like; `aliases` maps every
-    further spelling that may be read to the same pair.
+    `kohya` maps a place to the full prefix written before `.lora_down.weight` and its like; `aliases` maps every further
+    spelling that may be read to the same place, and `fused` those that mean several modules at once, or one rearranged.
     """
 
-    kohya: Mapping[tuple[str, str], str]
-    aliases: Mapping[str, tuple[str, str]]
+    kohya: Mapping[Place, str]
+    aliases: Mapping[str, Place]
+    fused: Mapping[str, tuple[Share, ...]] = field(default_factory=dict[str, tuple[Share, ...]])
 
 
-class Family(ABC):
-    """A kind of base model. Stateless: everything loaded lives in a `Base`."""
+class Naming(ABC):
+    """A kind of base model as far as files of deltas go: its modules and how tools spell them."""
 
     name: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
     """Parts that hold sites, the denoiser first, text encoders in prompt order."""
-    presets: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Names for choices of sites -> glob patterns; must hold `attention`, `attention+mlp`, `conv`, `all`, `text`."""
-    pipelines: ClassVar[tuple[str, ...]]
-    """Names of the diffusers pipeline classes whose folders hold such a base, the text-to-image class first."""
-    loading: ClassVar[Mapping[str, object]] = {}
-    """What the text-to-image class is told when it loads: the components that a base does without, set to None."""
-    guidance: ClassVar[float] = 5.0
-    """Classifier-free guidance at which its bases draw unless they or the user say otherwise."""
+    prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Part -> everything that tools write before its modules, with `_` for `.`; kohya's first, which is what is written."""
 
     @property
     def denoiser(self) -> str:
@@ -122,24 +134,12 @@ class Family(ABC):
         return self.parts[0]
 
     @abstractmethod
-    def recognises(self, pipe: "DiffusionPipeline") -> bool:
-        """Say whether a diffusers pipeline (of any task) is of this family."""
-
-    @abstractmethod
-    def tiny(self, seed: int = 0) -> "DiffusionPipeline":
-        """Build a text-to-image pipeline of the real classes at toy size with seeded random weights (under 1M values)."""
-
-    @abstractmethod
     def published(self) -> Mapping[str, nn.Module]:
         """Build the parts at their published full size on the meta device (no memory), for counting and naming."""
 
-    def configure(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], folder: Path) -> bool:
-        """Say whether a single-file checkpoint is of this family, known by its tensors' names and shapes.
-
-        If so, write into `folder` the configurations that diffusers needs to convert it. Families that have no such
-        files say no.
-        """
-        return False
+    def editions(self) -> "Mapping[str, Callable[[], Mapping[str, nn.Module]]]":
+        """Return the published sizes of the family by name, each a function as `published`, which is the first."""
+        return {self.name: self.published}
 
     @abstractmethod
     def key_table(self, sites: Sequence[Site]) -> KeyTable:
@@ -152,9 +152,52 @@ class Family(ABC):
         """
         return {}
 
+
+class Family(Naming):
+    """A kind of base model. Stateless: everything loaded lives in a `Base`."""
+
+    presets: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Names for choices of sites -> glob patterns; must hold `attention`, `attention+mlp`, `conv`, `all`, `text`."""
+    pipelines: ClassVar[tuple[str, ...]]
+    """Names of the diffusers pipeline classes whose folders hold such a base, the text-to-image class first."""
+    loading: ClassVar[Mapping[str, object]] = {}
+    """What the text-to-image class is told when it loads: the components that a base does without, set to None."""
+    guidance: ClassVar[float] = 5.0
+    """Classifier-free guidance at which its bases draw unless they or the user say otherwise."""
+
     @abstractmethod
-    def encode_prompt(self, base: "Base", prompts: Sequence[str]) -> Condition:
-        """Encode prompts, one row each, all padded to the same number of tokens. Gradients flow where parameters ask."""
+    def recognises(self, pipe: "DiffusionPipeline") -> bool:
+        """Say whether a diffusers pipeline (of any task) is of this family."""
+
+    @abstractmethod
+    def tiny(self, seed: int = 0) -> "DiffusionPipeline":
+        """Build a text-to-image pipeline of the real classes at toy size with seeded random weights (under 1M values)."""
+
+    def configure(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], folder: Path) -> bool:
+        """Say whether a single-file checkpoint is of this family, known by its tensors' names and shapes.
+
+        If so, write into `folder` the configurations that diffusers needs to convert it. Families that have no such
+        files say no.
+        """
+        return False
+
+    @abstractmethod
+    def encode_prompt(self, base: "Base", prompts: Sequence[str], syntax: bool = False) -> Condition:
+        """Encode prompts, one row each, all of the same number of tokens. Gradients flow where parameters ask.
+
+        With `syntax` emphasis such as `(word:1.2)` is understood, and a long prompt goes on in further windows.
+        """
+
+    def prompting(self, base: "Base", prompt: str, negative: str = "") -> dict[str, Tensor]:
+        """Return how a call of a stock pipeline is told a prompt with its syntax, and what the picture should not show.
+
+        Without `negative` it is what the pipeline itself takes then: the empty text or, where its configuration says so, zeros.
+        """
+        zeros = not negative and base.pipe.config.get("force_zeros_for_empty_prompt", False)
+        both = self.encode_prompt(base, [prompt] if zeros else [prompt, negative], syntax=True)
+        told = {"prompt_embeds": both.hidden, "pooled_prompt_embeds": both.pooled}
+        sides = ("", "negative_")[: len(both)]
+        return {f"{side}{name}": v[i : i + 1] for i, side in enumerate(sides) for name, v in told.items() if v is not None}
 
     @abstractmethod
     def encode_image(self, base: "Base", pixels: Tensor) -> Posterior:

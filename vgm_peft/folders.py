@@ -1,4 +1,4 @@
-"""Folders in diffusers' layout: what of a stranger's folder may be loaded, and how ours are written.
+"""Folders of models: what of a stranger's folder may be loaded, how one comes from the hub, and how ours are written.
 
 Nothing is loaded that could carry code: weights are safetensors, configurations are JSON that names only classes of
 diffusers and transformers. The checks come before the first import of anything a folder names.
@@ -6,8 +6,9 @@ diffusers and transformers. The checks come before the first import of anything 
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +24,7 @@ PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 CONVERT = (
     "convert it to .safetensors first, on a machine where you trust the file: torch.load, then safetensors.torch.save_file"
 )
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LARGEST_JSON = 1 << 24
 
 
@@ -39,6 +41,37 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BaseModelError(f"{path}: holds a {type(value).__name__}", expected="a JSON object")
     return cast(dict[str, Any], value)
+
+
+def fetch_config(name: str, file: str = "model_index.json") -> Path:
+    """Bring one configuration of a hub model into the local cache. Raises `BaseModelError`."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise BaseModelError(f"{name}: has no {file}", expected="a model of diffusers or transformers") from error
+        raise _unreachable(name, error) from error
+
+
+def fetch_folder(name: str, patterns: Sequence[str]) -> Path:
+    """Bring the files of a hub model that match patterns into the local cache; return their folder. Raises `BaseModelError`."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> BaseModelError:
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+    return BaseModelError(
+        f"{name}: neither in the local cache nor reachable{offline}: {first_line(error)}",
+        fix="check name and network, log in with `hf auth login` where the model asks for it, or give a folder or file",
+    )
 
 
 def check_component(folder: Path) -> None:

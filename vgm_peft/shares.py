@@ -4,6 +4,7 @@ A rotation of OFT is a dozen operations on a handful of values; on 128 layers th
 result. So before a part runs its forward, the parameters of all its patches of a sort go through `Deriving.derive` together,
 and every patch takes its share when its layer is called. Shares are autograd's as anything else: one `split` and one `cat`
 stand between a patch and its parameters. A patch whose layer a forward leaves out has gradients of zeros from it, not None.
+Where layers are so small that dW joins their weights (`Patch.joins`), patches may go on to make that together too.
 
 No share outlives what it was derived for: it serves while the part's forward lasts, and in the backward pass to activation
 checkpointing, which runs layers again and must find the tensors that the first run saw. It does not serve where gradients are
@@ -12,9 +13,9 @@ parameters were written to or moved. A patch that nothing serves derives its own
 """
 
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ class Source:
 class Deriving(Patch):
     """A patch that makes something of its parameters in many small operations before it acts."""
 
+    makes_changes: ClassVar[bool] = False
+    """Whether `changes` makes dW too, of all patches whose dW joins the weight."""
+
     def __init__(self, site: Site, options: Any, generator: torch.Generator | None = None) -> None:
         """Begin without a share."""
         super().__init__(site, options, generator)
@@ -51,15 +55,32 @@ class Deriving(Patch):
     def derive(cls, sort: Any, values: Tensor) -> tuple[Tensor, ...]:
         """Return what follows from the values of one or many patches, the rows of one patch beside those of the next."""
 
+    @classmethod
+    def changes(cls, patches: "Sequence[Deriving]", derived: tuple[Tensor, ...], bases: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return dW of patches that were derived for together, on bases of one shape."""
+        raise NotImplementedError(f"{cls.__name__} leaves dW to each patch")
+
     def derived(self) -> tuple[Tensor, ...]:
         """Return what `derive` makes of the patch's own parameters: its share of the forward under way, or made just now."""
-        share = self.shares.get(torch.is_grad_enabled())
-        if share is not None and share.serves(self):
+        share = self._share()
+        if share is not None and share.change is None:
             return share.tensors
-        # What does not serve the first run of a layer must not serve the second.
-        self.shares = _Held({records: share for records, share in self.shares.items() if not share.is_due})
         source = self.source()
         return self.derive(source.sort, source.values)
+
+    def shared_change(self) -> Tensor | None:
+        """Return dW where it was made together with others for the forward under way; the base cannot have changed since."""
+        share = self._share()
+        return None if share is None else share.change
+
+    def _share(self) -> "Share | None":
+        """Return the share that serves now, if one does."""
+        share = self.shares.get(torch.is_grad_enabled())
+        if share is not None and share.serves(self):
+            return share
+        # What does not serve the first run of a layer must not serve the second.
+        self.shares = _Held({records: share for records, share in self.shares.items() if not share.is_due})
+        return None
 
     def stamp(self) -> list[tuple[int, int]]:
         """Return where the parameters are and how often they were written to (which inference tensors do not tell)."""
@@ -74,22 +95,28 @@ class Shares:
         self.forward: object | None = None
         """Stands for the forward under way, if there is one."""
 
-    def deal(self, patches: Iterable[Deriving]) -> None:
-        """Derive for these patches together, and give to each its own."""
+    def deal(self, entries: Iterable[tuple[Deriving, Tensor | None]]) -> None:
+        """Derive for patches together, and give to each its own; beside a patch, its base where dW is going to join it."""
         self.forward = object()
-        groups: dict[Hashable, list[tuple[Deriving, Source]]] = {}
-        for patch in patches:
+        groups: dict[Hashable, list[tuple[Deriving, Source, Tensor | None]]] = {}
+        for patch, base in entries:
             source = patch.source()
-            values = source.values
-            key = (type(patch), source.sort, values.shape[1:], values.dtype, values.device)
-            groups.setdefault(key, []).append((patch, source))
+            values, shape = source.values, None if base is None else (base.shape, base.dtype, base.device)
+            key = (type(patch), source.sort, values.shape[1:], values.dtype, values.device, shape)
+            groups.setdefault(key, []).append((patch, source, base))
         for members in groups.values():
-            first, source = members[0]
-            counts = [len(source.values) for _, source in members]
-            whole = first.derive(source.sort, torch.cat([source.values for _, source in members]))
-            cut = [tensor.split([len(tensor) * count // sum(counts) for count in counts]) for tensor in whole]
-            for (patch, _), *tensors in zip(members, *cut, strict=True):
-                patch.shares[torch.is_grad_enabled()] = Share(self, patch, tuple(tensors))
+            patches, sources, bases = zip(*members, strict=True)
+            counts = [len(source.values) for source in sources]
+            total = sum(counts)
+            whole = patches[0].derive(sources[0].sort, torch.cat([source.values for source in sources]))
+            if bases[0] is None:
+                cut = [tensor.split([len(tensor) * count // total for count in counts]) for tensor in whole]
+                each = [Share(self, *own) for own in zip(patches, zip(*cut, strict=True), strict=True)]
+            else:
+                changes = patches[0].changes(patches, whole, bases)
+                each = [Share(self, patch, (), change) for patch, change in zip(patches, changes, strict=True)]
+            for patch, share in zip(patches, each, strict=True):
+                patch.shares[torch.is_grad_enabled()] = share
 
     def close(self) -> None:
         """The forward is over."""
@@ -97,10 +124,10 @@ class Shares:
 
 
 class Share:
-    """What was derived for one patch, and the means to know whether it still holds."""
+    """What was derived for one patch, or made of that its dW, and the means to know whether it still holds."""
 
-    def __init__(self, shares: Shares, patch: Deriving, tensors: tuple[Tensor, ...]) -> None:
-        self.shares, self.forward, self.tensors = shares, shares.forward, tensors
+    def __init__(self, shares: Shares, patch: Deriving, tensors: tuple[Tensor, ...], change: Tensor | None = None) -> None:
+        self.shares, self.forward, self.tensors, self.change = shares, shares.forward, tensors, change
         self.stamp = patch.stamp()
 
     @property

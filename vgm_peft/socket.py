@@ -112,6 +112,15 @@ class Socket:
         self.active, self.done, self.x = None, frozenset(), None
         return active, done
 
+    def joined_base(self, patch: Patch) -> Tensor | None:
+        """Return the untouched tensor at a patch's site if dW is going to join it in the next forward because it is small.
+
+        None too for what may be elsewhere by then (offloaded, or never called yet).
+        """
+        if cast(Tensor, getattr(self.layer, patch.site.tensor)).device != self.device:
+            return None
+        return self.base(patch) if patch.joins and all(self._weighs(other) for other, _ in self.live) else None
+
     def _weighs(self, patch: Patch) -> bool:
         """Whether dW of a patch joins its tensor in this forward, provided that those of all others on the layer do."""
         if patch.acts == "weight":

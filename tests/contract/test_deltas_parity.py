@@ -229,6 +229,13 @@ PARDONED = {
     "families/original.py": "looks for names of tensors in foreign files",
     "formats/diffusers.py": "looks for the initialisations of peft in foreign metadata",
     "formats/kohya.py": "says the kind in metadata by LyCORIS' words, as the file's tensors tell it",
+    "formats/forms.py": "names forms of tensors in other tools' files, which many kinds are spelled in",
+    "formats/targets.py": "says which of those forms a tool loads",
+    "formats/settings.py": "reads peft's words for ways to begin",
+    "formats/plan.py": "has a LoRA as the form in which a change of low rank is written",
+    "formats/stamps.py": "tells UIs the network by sd-scripts' and LyCORIS' words",
+    "tools/extract.py": "decompositions of a difference, each called as the kind that it ends in",
+    "cli/verbs/extract.py": "the default of --kind",
 }
 
 

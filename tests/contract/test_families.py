@@ -293,7 +293,8 @@ def test_known_kohya_names() -> None:
     assert sd15.kohya["unet", unet] == "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
     te = "encoder.layers.1.self_attn.q_proj"
     assert sd15.kohya["text_encoder", te] == "lora_te_text_model_encoder_layers_1_self_attn_q_proj"
-    assert sd15.aliases["lora_te1_text_model_encoder_layers_1_self_attn_q_proj"] == ("text_encoder", te)
+    assert {"lora_te", "lora_te1"} <= set(TABLE["sd15"].prefixes["text_encoder"])
+    assert sd15.aliases["lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0"] == ("unet", unet)
     assert sdxl.kohya["unet", unet] == "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0"
     assert sdxl.aliases["lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"] == ("unet", unet)
     assert sdxl.kohya["text_encoder_2", te] == "lora_te2_text_model_encoder_layers_1_self_attn_q_proj"

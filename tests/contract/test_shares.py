@@ -1,6 +1,6 @@
 """What is derived for many patches at once is what each would derive alone, and never older than its parameters."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 
 import pytest
@@ -16,7 +16,8 @@ from vgm_peft.deltas import TABLE
 from vgm_peft.shares import Deriving
 from vgm_peft.site import find_sites
 
-KINDS = [kind for kind, method in TABLE.items() if issubclass(method, Deriving)]
+METHODS = {kind: method for kind, method in TABLE.items() if issubclass(method, Deriving)}
+KINDS = list(METHODS)
 WAYS = [0.0, float("inf")]
 
 
@@ -164,6 +165,26 @@ def test_a_share_is_not_used_once_its_parameters_were_written_to(kind: str) -> N
         found = net(x)
         handle.remove()
         assert_close(found, alone(net)(x))
+
+
+@pytest.mark.parametrize("kind", [kind for kind, method in METHODS.items() if method.makes_changes], indirect=True)
+def test_changes_of_one_shape_are_made_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where dW joins the weight: on the second forward, when it is known where that runs; the result is that of each alone."""
+    net, delta, x = ground(kind)
+    method, counts = METHODS[kind], list[int]()
+    inner = method.changes
+
+    def counted(patches: Sequence[Deriving], derived: tuple[Tensor, ...], bases: Sequence[Tensor]) -> Sequence[Tensor]:
+        counts.append(len(patches))
+        return inner(patches, derived, bases)
+
+    with Attachment({"net": net}, delta, 0.7):
+        expected = alone(net)(x)
+        monkeypatch.setattr(method, "changes", staticmethod(counted))
+        found = net(x)
+        assert_close(found, expected)
+        assert sorted(counts) == ([1, 1, 2] if socket.SMALL else [])
+        assert_same(gradients(delta, found.square().sum()), gradients(delta, expected.square().sum()))
 
 
 def record(*_: object) -> None:

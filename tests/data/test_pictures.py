@@ -160,3 +160,54 @@ def test_damaged_bytes_never_crash(tmp_path: Path, seed: int) -> None:
         assert str(error).startswith("hurt.png ")
     else:
         decode(bytes(raw))  # what was found sound can be loaded
+
+
+def photograph(progressive: bool, orientation: int = 1) -> bytes:
+    """A JPEG large enough to be read at an eighth of its size."""
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    pixels(20, 17, seed=3).resize((640, 536), Image.Resampling.BICUBIC).save(out, "JPEG", progressive=progressive, exif=exif)
+    return out.getvalue()
+
+
+def seems_sound(path: Path) -> bool:
+    try:
+        examine(path)
+    except DataError:
+        return False
+    return True
+
+
+def decodes(raw: bytes) -> bool:
+    try:
+        decode(raw)
+    except Exception:  # whatever a decoder makes of damaged bytes
+        return False
+    return True
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_large_jpeg_read_at_an_eighth_is_judged_as_if_read_in_full(tmp_path: Path, progressive: bool) -> None:
+    raw, path, random = photograph(progressive), tmp_path / "a.jpg", np.random.default_rng(0)
+    cut = [raw[: int(len(raw) * share)] for share in (0.02, 0.3, 0.6, 0.9, 0.99)]
+    hurt = [bytearray(raw) for _ in range(30)]
+    for number, copy in enumerate(hurt):
+        for place in random.integers(0, 700 if number % 2 else len(raw), 4):  # among the tables, or anywhere
+            copy[place] = random.integers(0, 256)
+    verdicts: list[bool] = []
+    for damaged in (raw, *cut, *map(bytes, hurt)):
+        path.write_bytes(damaged)
+        verdicts.append(seems_sound(path))
+        assert verdicts[-1] == decodes(damaged)
+    assert verdicts[:6] == [True] + [False] * 5 and len(set(verdicts[6:])) == 2
+
+
+def test_a_large_jpeg_read_at_an_eighth_has_its_size_and_its_look(tmp_path: Path) -> None:
+    path, still = tmp_path / "a.jpg", tmp_path / "a.png"
+    for orientation, size in ((1, (640, 536)), (3, (640, 536)), (6, (536, 640)), (8, (536, 640))):
+        path.write_bytes(photograph(False, orientation))
+        decode(path.read_bytes()).save(still)
+        small, whole = examine(path), examine(still)
+        assert (small.width, small.height) == (whole.width, whole.height) == size
+        apart = np.abs(np.frombuffer(small.look, np.uint8).astype(int) - np.frombuffer(whole.look, np.uint8))
+        assert apart.mean() < 1 and apart.max() <= 4

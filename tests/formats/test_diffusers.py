@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,8 +178,8 @@ def _unknown(file: dict[str, Tensor]) -> None:
     file["unet.down_blocks.7.resnets.0.conv1.lora_A.weight"] = torch.zeros(1, 2)
 
 
-def _peft(file: dict[str, Tensor]) -> None:
-    file["base_model.model.conv_in.lora_A.weight"] = torch.zeros(1, 2)
+def _strange(file: dict[str, Tensor]) -> None:
+    file["unet.conv_in.lora_C.weight"] = torch.zeros(1, 2)
 
 
 def _twice(file: dict[str, Tensor]) -> None:
@@ -196,10 +197,10 @@ def _half(file: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     "change,message",
     (
-        (_bias, "not a LoRA's.*lora_B.bias"),
+        (_bias, "to_q has no bias to change"),
         (_magnitude, "to_q .*dora_scale 6"),
         (_unknown, "match nothing.*down_blocks.7"),
-        (_peft, "adapter_config.json"),
+        (_strange, "1 of 7 tensors are no delta's .'unet.conv_in.lora_C"),
         (_twice, "two tensors"),
         (_two_spellings, "two spellings"),
         (_half, "no method here reads"),
@@ -225,3 +226,43 @@ def test_metadata_that_is_refused(metadata: str, message: str, tmp_path: Path) -
     save_file(spelled("peft"), tmp_path / "a.safetensors", {"lora_adapter_metadata": metadata})
     with pytest.raises(DeltaError, match=message):
         formats.read(tmp_path / "a.safetensors")
+
+
+def test_a_file_that_diffusers_saves_means_what_diffusers_computes(tiny: Make, tmp_path: Path) -> None:
+    """Adapters with ranks and alphas of their own per layer, whose settings go into the file's metadata."""
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    build: Any = LoraConfig
+    base = tiny("sd15")
+    pipe: Any = base.pipe
+    generator = torch.Generator().manual_seed(0)
+    layers: dict[str, Any] = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    before = {part: {name: t.clone() for name, t in network.state_dict().items()} for part, network in layers.items()}
+    names = {"unet": ["attn2.to_k", "conv2", "proj_in"], "text_encoder": ["q_proj"]}
+    for part, network in layers.items():
+        patterns = {"rank_pattern": {"attn2.to_k": 2}, "alpha_pattern": {"conv2": 1.0}} if part == "unet" else {}
+        config = build(r=4, lora_alpha=6, target_modules=names[part], **patterns)
+        network.add_adapter(config)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    told = {part: network.peft_config["default"].to_dict() for part, network in layers.items()}
+    pipe.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder),
+        unet_lora_adapter_metadata=told["unet"],
+        text_encoder_lora_adapter_metadata=told["text_encoder"],
+    )
+    delta = formats.read(tmp_path)
+    assert formats.sniff(tmp_path) == "diffusers"
+    checked = 0
+    for part, network in layers.items():
+        for path, module in network.named_modules():
+            if not hasattr(module, "get_delta_weight"):
+                continue
+            name = f"{part}.{path.removeprefix('text_model.')}.weight"
+            base_weight = before[part][f"{path}.weight"]
+            assert difference(delta.patches[name].change(base_weight), module.get_delta_weight("default")) <= 1e-6, name
+            checked += 1
+    assert checked == len(delta.patches) > 20

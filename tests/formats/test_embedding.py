@@ -62,8 +62,8 @@ def test_what_is_written(
     base = shared(family)
     word = make_word(base, "<duck>", 2)
     delta = Delta(family, words={"<duck>": word})
-    path = formats.write(delta, tmp_path / "me.safetensors", format, base, dtype=dtype)
-    assert list(tmp_path.iterdir()) == [path] == formats.names_of(delta, path, format)
+    (path,) = formats.write_all(delta, tmp_path / "me.safetensors", format, base, dtype=dtype)
+    assert list(tmp_path.iterdir()) == [path]
     assert sorted(load_file(path)) == keys
     found = formats.read(path, base)
     assert found.family == family and found.metadata["modelspec.architecture"].endswith("/textual-inversion")
@@ -74,9 +74,8 @@ def test_what_is_written(
 def test_several_tokens_are_several_files(shared: Make, tmp_path: Path) -> None:
     base = shared("sd15")
     delta = Delta("sd15", words={token: make_word(base, token) for token in ("<a>", "a", "<>")})
-    first = formats.write(delta, tmp_path / "me.safetensors", "embedding", base)
-    paths = formats.names_of(delta, tmp_path / "me.safetensors", "embedding")
-    assert [p.name for p in paths] == ["me.a.safetensors", "me.a-1.safetensors", "me.2.safetensors"] and first == paths[0]
+    paths = formats.write_all(delta, tmp_path / "me.safetensors", "embedding", base)
+    assert [p.name for p in paths] == ["me.a.safetensors", "me.a-1.safetensors", "me.2.safetensors"]
     assert [next(iter(formats.read(path, base).words)) for path in paths] == ["<a>", "a", "<>"]
 
 

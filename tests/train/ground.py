@@ -45,10 +45,12 @@ SMALL: Table = {
     "data": {"resolution": 64, "batch": 2},
     "optimiser": {"lr": 1e-2},
     "preview": {"count": 0, "steps": 2},
+    "checkpoint": {"every": 0, "leave": 2},
 }
 OWN: dict[str, Table] = {
     "dreambooth": {"task": {"class_prompt": "a robot", "class_images": 2, "class_steps": 2}, "delta": {"rank": 2}},
     "finetune": {"delta": {"rank": 2}},
+    "textual-inversion": {"task": {"init_word": "robot"}},
 }
 
 

@@ -1,6 +1,7 @@
 """What the processes of `forge` do: real runs and real saves, on one base that they all inherit."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from torch import nn
 
 from tests.train.forge import at_call, dies_at
 from tests.train.ground import files, tiny_base
+from vgm_peft.cli import main
 from vgm_peft.config import Table
 from vgm_peft.train import loop, train
 from vgm_peft.train.checkpoint import State, restore, save
 from vgm_peft.train.config import bind
+from vgm_peft.train.journal import Journal, Taken
 from vgm_peft.train.optim import MovingAverage
 
 torch.set_num_threads(1)
@@ -24,7 +27,7 @@ SETTINGS: dict[str, Table] = {
         "steps": 5,
         "data": {"batch": 1, "caption_dropout": 0.3, "flip": True},
         "delta": {"dropout": 0.3, "sites": ["cross-attention"]},
-        "checkpoint": {"every": 2},
+        "checkpoint": {"every": 2, "leave": 1},
         "preview": {"every": 2, "count": 1, "steps": 1},
     },
     "rich": {
@@ -58,6 +61,19 @@ def run(table: Table, resume: str = "", die: int = 0, files: bool = False, count
     if count:
         Path(count).write_text(str(seen[0][0]))
     return 0 if finished else 130
+
+
+def command(arguments: list[str], die: int = 0) -> int:
+    """`vgm-train` as typed, but killed once step `die` is recorded."""
+    record = Journal.step
+
+    def last_words(journal: Journal, step: int, taken: Taken) -> None:
+        record(journal, step, taken)
+        if step == die:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Journal.step = last_words  # pyright: ignore[reportAttributeAccessIssue]
+    return main("train", arguments)
 
 
 def kept(folder: Path) -> dict[str, object]:

@@ -169,6 +169,26 @@ def test_the_report_is_kept_with_the_run(config: Make, pictures: Path, capsys: p
     assert "left out" in text and "allowed (stray)" in text and "allowed (stray)" in capsys.readouterr().out
 
 
+def test_what_is_wrong_is_kept_where_the_run_would_be_and_gives_way_to_it(config: Make, pictures: Path) -> None:
+    (pictures / "1.png").write_bytes(b"")
+    (pictures / "notes.docx").write_text("x")
+    bad = config("finetune", "run", {"steps": 1})
+    for _ in range(2):  # what is left of the first does not stand in the way of the second
+        with pytest.raises(DataError, match=r"(?s)2 things are wrong.*run.data\.md has it line by line") as refused:
+            train(bad, base=tiny_base("sd15"))
+        assert set(files(Path(bad.output))) == {"data.md"}
+    lines = Path(bad.output, "data.md").read_text().splitlines()
+    assert [line for line in lines if "1.png is empty" in line and line.endswith("[unreadable]")]
+    assert [line for line in lines if line.startswith("* notes.docx")] and "--allow stray,unreadable" in str(refused.value)
+    allowed = config("finetune", "run", {"steps": 1, "data": {"allow": ["unreadable", "stray", "orphan"]}})
+    assert train(allowed, base=tiny_base("sd15")).finished
+    kept = Path(bad.output, "data.md").read_bytes()
+    assert b"What this run learned from" in kept
+    with pytest.raises(DataError):
+        train(bad, resume=Path(bad.output), base=tiny_base("sd15"))
+    assert Path(bad.output, "data.md").read_bytes() == kept, "a run's own report is not overwritten"
+
+
 def test_every_picture_comes_up_as_often_as_it_should(config: Make, pictures: Path) -> None:
     rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     rows[0]["repeats"] = 3

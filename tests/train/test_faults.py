@@ -31,7 +31,7 @@ QUICK: Table = {
     "data": {"batch": 1, "flip": True, "caption_dropout": 0.3},
     "delta": {"sites": ["cross-attention"], "dropout": 0.3},
     "optimiser": {"schedule": "linear", "warmup": 1},
-    "checkpoint": {"every": 2, "keep": 9},
+    "checkpoint": {"every": 2, "keep": 9, "leave": 9},
 }
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 import random
 import shutil
@@ -13,9 +14,10 @@ import pytest
 import torch
 
 from tests.train.forge import Forge, at_call
+from tests.train.ground import tiny_base
 from tests.train.killed import KILLED, SETTINGS, kept, restored, save_and_die, small_state, tensors_of
 from vgm_peft.errors import SaveError, TrainError
-from vgm_peft.train.checkpoint import save
+from vgm_peft.train.checkpoint import save, thin
 from vgm_peft.train.config import RunConfig, table
 
 WORK = "tests.train.killed"
@@ -67,6 +69,34 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
         return config("finetune", name, SETTINGS[settings])
 
     assert killed_again_and_again(forge, make, tmp_path, kills=10, seed=0)
+
+
+def test_the_plain_command_killed_in_the_middle_goes_on_where_nobody_asked_for_checkpoints(
+    forge: Forge, pictures: Path, tmp_path: Path
+) -> None:
+    tiny_base("sd15").pipe.save_pretrained(tmp_path / "base")
+    plain = ["finetune", f"--images={pictures}", f"--base={tmp_path / 'base'}", "--steps=52"]
+    cheap = ["data.resolution=64", "data.batch=1", "compute.precision=no", "preview.count=0"]
+    plain += [f"--set={setting}" for setting in (*cheap, 'delta.sites=["unet.mid_block.*to_v"]')]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert forge.call(f"{WORK}:command", arguments=[*plain, f"--output={whole}"]) == 0, forge.log.read_text()[-3000:]
+    assert forge.call(f"{WORK}:command", arguments=[*plain, f"--output={run}"], die=51) == KILLED
+    assert [p.name for p in (run / "checkpoints").glob("*")] == ["step-000050"] and not (run / "delta.safetensors").exists()
+    told = forge.log.stat().st_size
+    assert forge.call(f"{WORK}:command", arguments=[f"--resume={run}"]) == 0
+    assert kept(run) == kept(whole)
+    assert [p.name for p in (run / "checkpoints").glob("*")] == ["step-000052"], "what is left of a run that ended well"
+    assert "every = 50\nkeep = 2\nleave = 1" in (run / "run.toml").read_text()
+    assert json.loads((run / "manifest.json").read_text())["settings"]["checkpoint"]["every"] == 50
+    assert "begins again" not in forge.log.read_text()[told:]
+
+
+def test_ending_well_leaves_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, small_state(step), 9)
+    (tmp_path / "step-000003" / "state.json").write_text("{")
+    thin(tmp_path, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"] and restored(tmp_path).step == 2
 
 
 def test_a_save_killed_at_any_call_leaves_the_old_checkpoint_or_the_new(forge: Forge, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
-"""Every method goes on exactly: with the chance that it uses in training, from the step at which it was stopped."""
+"""Every method and every task goes on exactly, on bases of either make: with the chance that it uses in training, from the
+step at which it was stopped.
+"""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,28 +14,39 @@ from tests.train.killed import kept
 from vgm_peft.config import Table, merge, to_table
 from vgm_peft.deltas import TABLE
 from vgm_peft.train import train
-from vgm_peft.train.config import bind
+from vgm_peft.train.config import RunConfig, bind
+from vgm_peft.train.tasks import TABLE as TASKS
 
+Make = Callable[..., RunConfig]
 CHANCE: Table = {"dropout": 0.3, "rank_dropout": 0.3, "module_dropout": 0.3}
-TWO_STEPS: Table = {
-    "steps": 2,
-    "task": {"name": "finetune"},
-    "data": {"batch": 1},
-    "checkpoint": {"every": 1},
-    "optimiser": {"lr": 1e-3},
-}
+TWO_STEPS: Table = {"steps": 2, "data": {"batch": 1}, "checkpoint": {"every": 1}, "optimiser": {"lr": 1e-3}}
+LIKE_SDXL = ("dora", "glora")
+"""Two that look at the base's own weights; no method knows more of the base than that."""
+CASES = [("sd15", kind) for kind in TABLE] + [("sdxl", kind) for kind in LIKE_SDXL]
 
 
-@pytest.mark.parametrize("kind", TABLE)
-def test_every_method_goes_on_exactly(kind: str, pictures: Path, tmp_path: Path) -> None:
+def _goes_on_exactly(config: RunConfig, family: str) -> None:
+    folder = Path(config.output)
+    result = train(config, base=tiny_base(family))
+    assert result.delta is not None
+    expected = kept(folder)
+    shutil.rmtree(folder / "checkpoints" / "step-000002")
+    shutil.rmtree(result.delta) if result.delta.is_dir() else result.delta.unlink()
+    train(config, resume=folder, base=tiny_base(family))
+    assert kept(folder) == expected
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_every_method_goes_on_exactly(family: str, kind: str, pictures: Path, tmp_path: Path) -> None:
     method, folder = TABLE[kind], tmp_path / "run"
     chance = {f.name: CHANCE[f.name] for f in fields(method.Options) if f.name in CHANCE}
     delta = merge(to_table(method.examples[0]), chance, {"kind": kind})
-    places: Table = {"data": {"images": str(pictures)}, "output": str(folder), "delta": delta}
-    config = bind(merge(SMALL, TWO_STEPS, places))
-    train(config, base=tiny_base("sd15"))
-    expected = kept(folder)
-    shutil.rmtree(folder / "checkpoints" / "step-000002")
-    (folder / "delta.safetensors").unlink()
-    train(config, resume=folder, base=tiny_base("sd15"))
-    assert kept(folder) == expected
+    own: Table = {"task": {"name": "finetune"}, "data": {"images": str(pictures)}, "output": str(folder), "delta": delta}
+    _goes_on_exactly(bind(merge(SMALL, TWO_STEPS, own)), family)
+
+
+@pytest.mark.parametrize("task", [name for name in TASKS if name != "finetune"])
+def test_every_task_goes_on_exactly(task: str, config: Make) -> None:
+    """On the base that is told more: of two text encoders, with sizes."""
+    chance: Table = {"data": {"flip": True, "caption_dropout": 0.3}, "loss": {"noise_offset": 0.1}}
+    _goes_on_exactly(config(task, "run", TWO_STEPS, chance), "sdxl")

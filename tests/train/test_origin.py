@@ -1,6 +1,7 @@
 """Which settings a resumed run may change: those that play no part in the result, and no others."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ OPTIONAL: Table = {
     "preview": {"guidance": 3.0},
     "data": {"cache_gib": 1.0},
     "task": {"class_guidance": 2.0},
+    "scores": {"by": "clip", "guidance": 2.0},
 }
 """Settings that are unset until they are set."""
 
@@ -55,8 +57,11 @@ def _other(name: str, value: Value) -> Value | None:
         "loss.debiased": True,
         "ema": 0.5,
         "delta.init": "gaussian",
+        "task.init": "mean",
+        "task.norm": "clamp",
     }
     alone = {"concept", "data.allow", "data.zoom", "data.keep_tokens", "held_out.pictures", "held_out.stop_when_worse"}
+    alone |= {"scores.stop_when_worse"}
     if name in alone or isinstance(value, (dict, list)) and name not in others:
         return None  # settings that stand only beside others; the test below has some of them
     if name in others:
@@ -107,3 +112,15 @@ def test_more_steps_may_be_asked_for_where_the_schedule_does_not_look_ahead() ->
     for schedule, refused in (("constant", False), ("inverse_sqrt", False), ("cosine", True), ("linear", True)):
         given = merge(GIVEN, {"optimiser": {"schedule": schedule}})
         assert bool(differences(_of(bind(given)), _of(bind(merge(given, longer))))) == refused
+
+
+def test_a_setting_that_came_later_is_no_difference_until_it_is_used(tmp_path: Path) -> None:
+    saved = {name: value for name, value in _of(bind(GIVEN)).items() if name not in ("loss.p2", "data.crops")}
+    folder = tmp_path / "run" / "checkpoints" / "step-1"
+    demand_same(folder, saved, _of(bind(GIVEN)))
+    with pytest.raises(TrainError, match=r"\(then -> now\): loss.p2 unset -> 0.5;"):
+        demand_same(folder, saved, _of(bind(merge(GIVEN, {"loss": {"p2": 0.5}}))))
+    with pytest.raises(TrainError, match="loss.min_snr unset -> 5.0"):  # off is not unknown
+        demand_same(folder, saved, _of(bind(merge(GIVEN, {"loss": {"min_snr": 5.0}}))))
+    with pytest.raises(TrainError, match="loss.p2 0.0 -> unset"):  # one that is no longer known may have meant something
+        demand_same(folder, _of(bind(GIVEN)), saved)

@@ -19,7 +19,7 @@ from vgm_peft.train.journal import Journal, Taken
 from vgm_peft.train.losses import timesteps
 from vgm_peft.train.objective import Lesson, Objective
 from vgm_peft.train.optim import MovingAverage, rate_factor, set_rates
-from vgm_peft.train.recipes import read_recipe, shipped_folder, shipped_recipe
+from vgm_peft.train.recipes import read_recipe, resolve, shipped_folder, shipped_recipe
 from vgm_peft.train.task import Turn
 from vgm_peft.train.tasks import TABLE
 from vgm_peft.train.tasks.dreambooth import common_start, noun_of, with_token
@@ -188,6 +188,26 @@ def test_recipes_extend_and_their_paths_are_their_own(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text('extends = "sub/over.toml"\n')
     with pytest.raises(ConfigError, match="extends itself"):
         read_recipe(tmp_path / "sub" / "over.toml")
+
+
+def test_a_recipes_warm_up_gives_way_to_fewer_steps_and_the_users_own_does_not(tmp_path: Path) -> None:
+    recipe = tmp_path / "long.toml"
+    recipe.write_text('steps = 1000\n[task]\nname = "finetune"\n[optimiser]\nwarmup = 100\n')
+    for steps, warmup in ((1, 0), (50, 5), (100, 10)):
+        found = resolve({"steps": steps}, recipe)
+        assert (found.config.steps, found.config.optimiser.warmup) == (steps, warmup)
+        assert len(found.notices) == 1 and f"warm-up of 100 steps is cut to {warmup}" in found.notices[0]
+    fitting: list[tuple[Table, int]] = [({}, 100), ({"steps": 101}, 100), ({"steps": 50, "optimiser": {"warmup": 7}}, 7)]
+    for flags, warmup in fitting:
+        found = resolve(flags, recipe)
+        assert found.config.optimiser.warmup == warmup and not found.notices
+    wrong: list[Table] = [{"steps": 50, "optimiser": {"warmup": 50}}, {"optimiser": {"warmup": 1000}}, {"steps": 0}]
+    for flags in wrong:
+        with pytest.raises(ConfigError, match="warmup = |steps = 0"):
+            resolve(flags, recipe)
+    recipe.write_text('steps = 100\n[task]\nname = "finetune"\n[optimiser]\nwarmup = 100\n')
+    with pytest.raises(ConfigError, match="long.toml: optimiser.warmup = 100 of 100 steps"):
+        resolve({"steps": 50}, recipe)
 
 
 def test_a_recipe_for_another_method_takes_nothing_of_the_first(tmp_path: Path) -> None:

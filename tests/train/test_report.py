@@ -19,13 +19,15 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def folder(tmp_path: Path) -> Path:
     """A run whose every text is hostile."""
     lines = [{"step": i, "loss": 1.0 / i, "rate": 0.1, "norm": 1.0} for i in range(1, 41)]
-    lines[20] |= {"held_out": 0.25, "warnings": [HOSTILE]}
+    lines[20] |= {"held_out": 0.25, "warnings": [HOSTILE], "scores": {"subject": 0.5, "prompt": 0.5, "total": 0.5}}
+    lines[30] |= {"scores": {"subject": 1.0, "prompt": 0.1, "total": 0.18}}
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 41, "lo')
     facts = {
         "task": HOSTILE,
         "steps": 40,
         "base": {"name": HOSTILE, "family": HOSTILE, "sha256": HOSTILE},
         "notices": [HOSTILE],
+        "scores": {"by": HOSTILE, "prompts": [HOSTILE], "base": {"subject": 0.0, "prompt": 0.9, "total": 0.0}},
         "result": {HOSTILE: "0"},
         "settings": {"task": {"token": HOSTILE}, HOSTILE: HOSTILE},
         "versions": {"torch": HOSTILE},
@@ -58,12 +60,13 @@ class Page(HTMLParser):
 def test_all_is_there_and_nothing_hostile_comes_through(folder: Path) -> None:
     page = Page(write_report(folder).read_text(encoding="utf-8"))
     names = [tag for tag, _ in page.tags]
-    assert "script" not in names and names.count("svg") == 1 and names.count("polyline") == 3
+    assert "script" not in names and names.count("svg") == 2 and names.count("polyline") == 6
     assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
     images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 2 and all(source.startswith("data:image/png;base64,") for source in images)
     assert not [a for _, attributes in page.tags for a in attributes if a in ("href", "srcset", "action")]
     assert page.text.count(HOSTILE) >= 15  # shown as what it is, everywhere
+    assert "step 21 of 2 measured: subject 0.500" in page.text and "subject 0.000, prompt 0.900" in page.text
     assert "0.25 at step 21" in page.text and "40 of 40" in page.text and "step 20" in page.text
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
     assert policy is not None and policy.startswith("default-src 'none'")
@@ -92,5 +95,5 @@ def test_it_opens_offline_in_a_browser(folder: Path) -> None:
         assert page.evaluate("window.__xss") is None and not faults
         assert [url for url in asked if not url.startswith("data:")] == [address[:100]]
         assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-        assert page.locator("svg polyline").count() == 3
+        assert page.locator("svg polyline").count() == 6
         browser.close()

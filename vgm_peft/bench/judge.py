@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
+from vgm_peft.score import distance
 from vgm_peft.toybox.cast import subject_named
 from vgm_peft.toybox.evaluate import Sampling, SubjectMeasure, TextToImage, closed, measure_subject, sample
 from vgm_peft.toybox.oracle import Oracles
@@ -10,7 +11,6 @@ from vgm_peft.toybox.world import heldout_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
 
     from vgm_peft.family import Base
 
@@ -81,9 +81,3 @@ class Judge:
             class_kept=now.class_accuracy,
             drift=round(drift, 4),
         )
-
-
-def distance(ours: "Tensor", theirs: "Tensor") -> float:
-    """Return the mean over pictures (B, P, Q, 3) uint8 of the root mean square difference of pixels, 0 .. 1."""
-    apart = (ours.float() - theirs.float()).div(255).square().flatten(1).mean(1).sqrt()
-    return float(apart.mean())

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,9 +13,10 @@ from vgm_peft.errors import ConfigError
 from vgm_peft.families import toybox_folder
 from vgm_peft.toybox.cast import subject_named
 from vgm_peft.toybox.gallery import write_subject
-from vgm_peft.train.config import RunConfig, table
+from vgm_peft.train.config import RunConfig
 from vgm_peft.train.durable import write_text
 from vgm_peft.train.limits import within
+from vgm_peft.train.origin import differences, origin
 from vgm_peft.train.recipes import resolve
 from vgm_peft.train.seal import digest_of_file
 
@@ -114,12 +115,8 @@ class Trial:
 
     def settings(self) -> Record:
         """All that decides its result, as it stands in the record."""
-        training = table(self.config())
-        training.pop("output", None)
-        here: Table = {"data": {"images": self.subject}}  # and not where they lie on this machine
-        drawing = {"pictures": self.plan.pictures, "steps": self.plan.sampling_steps}
-        told = {"base (SHA-256)": _base_digest(), "training": merge(training, here), "judging": drawing}
-        return json.loads(json.dumps(told))
+        judging = {"the judging": {"pictures": self.plan.pictures, "steps": self.plan.sampling_steps}}
+        return json.loads(json.dumps({**origin(self.config(), _base_digest(), self.subject), **judging}))
 
     def kept(self) -> Record | None:
         """Its record, if it is done. Raises `ConfigError` when that was made with other settings than are asked for now."""
@@ -130,10 +127,10 @@ class Trial:
             before = found["settings"]
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{self.record}: no record of a run", fix="delete it, and it is made again") from None
-        other = next(_differences(before, self.settings()), None)
-        if other is not None:
+        if changed := differences(before, self.settings()):
             raise ConfigError(
-                f"{self.record} was made with {other}", fix="delete it to have it made again, or name another --output"
+                f"{self.record} was made otherwise (then -> now): {', '.join(changed)}",
+                fix="delete it to have it made again, or name another --output",
             )
         return found
 
@@ -147,12 +144,3 @@ def _base_digest() -> str:
     """SHA-256 over the embedded base's weights: scores of another one are no part of the comparison."""
     weights = sorted(toybox_folder().rglob("*.safetensors"))
     return hashlib.sha256("".join(map(digest_of_file, weights)).encode()).hexdigest()
-
-
-def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
-    """Tell in which settings two records differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({*before, *now}):
-            yield from _differences(before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
-    elif before != now:
-        yield f"{where} = {before}, and {now} is asked for"

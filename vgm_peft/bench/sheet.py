@@ -52,7 +52,7 @@ def tell(plan: Plan, subject: str, records: Sequence[Record]) -> str:
         step = statistics.median(r["step_ms"] for r in own)
         cells += [f"{own[0]['trained']:,}", f"{step:.0f}", size(own[0]["file_bytes"])]
         rows.append(f"| {method} | " + " | ".join(cells) + " |")
-    steps = sorted({r["settings"]["training"]["steps"] for r in records})
+    steps = sorted({r["steps"] for r in records})
     title = f"Subject {subject}, {plan.seeds} seeds, {', '.join(map(str, steps))} steps, {plan.pictures} pictures each."
     return "\n".join([title, "", HEAD, *rows])
 
@@ -79,7 +79,7 @@ def draw(plan: Plan, subject: str, records: Sequence[Record]) -> "Image.Image":
                     row.append(_cell(plan.output / "runs" / f"{subject}-{name}-{seed}.png", _lines(record)))
             rows.append(row)
         last = start + ACROSS >= len(columns)
-        caption = "; ".join(f"{short}: {long}" for short, long in LABELS) + "; step: median on the machine it ran on"
+        caption = "; ".join(f"{short}: {long}" for short, long in LABELS) + "; step: the first decile on the machine it ran on"
         sheets.append(grid(rows, part, [f"seed {s}" for s in range(plan.seeds)], caption if last else ""))
     return _stacked(sheets)
 

@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     record = stack.pinned()  # before the base: a mistyped file should not cost a minute
     base = load_base(stack)
     with Applied(base, stack) as applied, _Bar(stack) as bar:
+        for notice in applied.notices:
+            bar.say(f"note: {notice}")
         for picture in draw(applied, record, bar.step):
             bar.say(_written(picture, places.write(picture), base))
     return 0

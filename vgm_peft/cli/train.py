@@ -2,7 +2,8 @@
 
 vgm-train dreambooth --images me --class-prompt "a robot"     a subject, from about five pictures
 vgm-train finetune --images pictures                          captioned pictures (.txt beside them, or metadata.jsonl)
-vgm-train textual-inversion --images me --token "<toy>"       a new word
+vgm-train textual-inversion --images me --token "<toy>"       a new word (--init-word toy --vectors 2)
+vgm-train dreambooth --images me --class-prompt "a robot" --token "<me>" --vectors 2   a new word and the weights (pivotal)
 vgm-train controlnet --images pairs                           pictures with control pictures (folder control/)
 vgm-train --recipe two.toml                                   several subjects at once, a [[concept]] each (docs/data.md)
 vgm-train --recipe runs/dreambooth-me-1/run.toml              the same run again
@@ -29,11 +30,17 @@ def add_flags(parser: "Parser") -> None:
     parser.add_argument("--delta", metavar="NAME", help="what kind of change is trained: lora (the default), krona")
     parser.add_argument("--class-prompt", metavar="TEXT", help='what kind of thing the subject is: "a robot"')
     parser.add_argument("--token", metavar="WORD", help="the word that comes to mean it (default: sks)")
+    parser.add_argument(
+        "--vectors", type=int, metavar="N", help="embedding rows of a new word; with dreambooth: pivotal tuning"
+    )
+    parser.add_argument("--init-word", metavar="TEXT", help="what a new word begins as: what the thing roughly is")
     parser.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
     parser.add_argument("--seed", type=int, metavar="S", help="everything random comes from it (default: 0)")
     parser.add_argument("--output", metavar="DIR", help="the run's folder (default: runs/TASK-PICTURES-N)")
     parser.add_argument("--recipe", metavar="FILE", help="a .toml with any of the settings; those shipped are in training/")
-    parser.add_argument("--export", metavar="FORMAT,..", help="also write it for other tools: kohya, diffusers, embedding")
+    parser.add_argument(
+        "--export", metavar="TOOL,..", help="also write it for: comfyui, a1111, forge, invokeai, diffusers, peft ..."
+    )
     parser.add_argument(
         "--allow",
         action="append",
@@ -78,6 +85,8 @@ def _table(args: argparse.Namespace) -> Table:
         "delta": "delta.kind",
         "class_prompt": "task.class_prompt",
         "token": "task.token",
+        "vectors": "task.vectors",
+        "init_word": "task.init_word",
         "steps": "steps",
         "seed": "seed",
         "output": "output",

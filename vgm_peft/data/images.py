@@ -40,7 +40,7 @@ def scan(folder: Path, *, caption: str | None = None, require_captions: bool = F
 def scan_all(sources: Sequence[Source], allow: AbstractSet[str] = frozenset(), tell: Tell | None = None) -> Report:
     """Account for every file of the folders and return their examples, sorted by folder and name.
 
-    Pictures in subfolders are examples when `metadata.jsonl` names them. Every picture is decoded once, in full. `allow`
+    Pictures in subfolders are examples when `metadata.jsonl` names them. Every picture is decoded to its last byte. `allow`
     are kinds of faults to go on in spite of. Raises one `DataError` that names every file that cannot be used and what to
     do about it.
     """

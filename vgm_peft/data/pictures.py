@@ -1,18 +1,20 @@
 """One picture file: examined without trust, and decoded to upright 8-bit sRGB.
 
 A file is read once, hashed, and opened only by the decoders named here (pillow by itself knows over forty, some of which
-start other programs); its size is checked before the first pixel is decoded, and it is then decoded in full, since a
-picture cut in half opens without complaint. What would change the picture's looks silently is either done properly
+start other programs); its size is checked before the first pixel is decoded, and it is then decoded to its last byte, since
+a picture cut in half opens without complaint. What would change the picture's looks silently is either done properly
 (EXIF rotation, colour profile, 16 bits) or a fault that the user may allow (transparency, animation).
 """
 
 import hashlib
 import io
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageCms
 
 from vgm_peft.errors import DataError
@@ -28,6 +30,8 @@ MIN_SIDE = 16
 LOOK = 16
 """Side in pixels of the thumbnail by which pictures are compared."""
 
+_SCALED = 8 * LOOK
+"""Pixels a side that are enough for a thumbnail: a JPEG is decoded at down to an eighth of its size while it has as many."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _ORIENTATION = 0x0112
 _TOO_LARGE = f"has more than {MAX_PIXELS // 10**6} million pixels, which is more than we decode"
@@ -65,7 +69,10 @@ class Picture:
 
 
 def examine(path: Path) -> Picture:
-    """Read and decode a picture file in full and describe it. Raises `DataError` (its text begins with the file's name)."""
+    """Read a picture file, decode it to its last byte and describe it.
+
+    Raises `DataError` (its text begins with the file's name).
+    """
     raw = read_bytes(path)
     if not raw:
         raise DataError(f"{shown(path.name)} is empty (0 bytes)", fix="copy the picture again, or delete the file")
@@ -73,10 +80,13 @@ def examine(path: Path) -> Picture:
         image = _open(raw)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
+        size = image.size
+        # Of a large JPEG only the means of its 8 x 8 blocks are computed; for that, too, every byte of it must be there.
+        image.draft(None, (_SCALED, _SCALED))
         image.load()
         notes, faults = _traits(image)
         upright = _upright(image)
-        look = _on_white(_eight_bits(upright)).resize((LOOK, LOOK), Image.Resampling.BOX, reducing_gap=2.0).tobytes()
+        look = _thumbnail(_on_white(_eight_bits(upright)))
     except Image.DecompressionBombError:
         raise DataError(f"{shown(path.name)} {_TOO_LARGE}", fix="save it smaller") from None
     except Exception as error:  # whatever a decoder makes of a hostile file, the file is what is wrong
@@ -85,7 +95,8 @@ def examine(path: Path) -> Picture:
             expected="a whole PNG, JPEG, WebP or BMP file",
             fix="copy or convert it again, or take it out of the folder",
         ) from None
-    return Picture(*upright.size, hashlib.sha256(raw).hexdigest(), look, notes, faults)
+    width, height = size if _orientation(image) < 5 else size[::-1]
+    return Picture(width, height, hashlib.sha256(raw).hexdigest(), look, notes, faults)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -196,6 +207,23 @@ def _is_srgb(profile: bytes) -> bool:
         return "srgb" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).lower()
     except (ImageCms.PyCMSError, OSError):
         return False
+
+
+def _thumbnail(image: Image.Image) -> bytes:
+    """The mean colours of `LOOK` x `LOOK` equal parts. (Pillow's box filter gives pixels that lie in two parts to one.)"""
+    small = np.asarray(image.reduce((max(1, image.width // _SCALED), max(1, image.height // _SCALED))), np.float32)
+    height, width = small.shape[:2]
+    rows = (_shares(height) @ small.reshape(height, width * 3)).reshape(LOOK, width, 3)
+    parts = _shares(width) @ rows
+    return np.rint(parts).astype(np.uint8).tobytes()
+
+
+@cache
+def _shares(count: int) -> npt.NDArray[np.float32]:
+    """What each of so many pixels in a row weighs in the mean of each of `LOOK` equal parts of it, (LOOK, count)."""
+    edges = np.arange(count + 1) * (LOOK / count)
+    covered = np.clip(edges[None] - np.arange(LOOK)[:, None], 0.0, 1.0)
+    return np.diff(covered, axis=1).astype(np.float32)
 
 
 def _transform(image: Image.Image, profile: bytes) -> ImageCms.ImageCmsTransform | None:

@@ -15,7 +15,7 @@ A kernel is rotated alike in all its places, while peft rotates whole patches of
 kernels are read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self, cast
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vgm_peft.delta import Call, along_outputs, apply_dense
-from vgm_peft.deltas.butterfly import change, merged, rotated
+from vgm_peft.deltas.butterfly import change, merged, weight_changes
 from vgm_peft.deltas.channels import along_rows
 from vgm_peft.deltas.divisors import divisors
 from vgm_peft.deltas.dropout import check_shares, hide_blocks
@@ -79,6 +79,7 @@ class Boft(Deriving):
     )
     base_free = False
     joins = True
+    makes_changes = True
     options: BoftOptions
 
     def __init__(self, site: Site, options: BoftOptions, generator: torch.Generator | None = None) -> None:
@@ -104,21 +105,25 @@ class Boft(Deriving):
         options, values = self.options, wide(self.skew)
         if options.constraint is not None:
             values = limited(values, options.constraint * len(values[0]) * cast(int, options.block))
-        return Source(options.block, values.transpose(0, 1))
+        return Source((options.side, options.block), values.transpose(0, 1))
 
     @classmethod
-    def derive(cls, sort: int, values: Tensor) -> tuple[Tensor, ...]:
+    def derive(cls, sort: tuple[str, int], values: Tensor) -> tuple[Tensor, ...]:
         """Return the blocks of every pass from triangles of Q."""
-        return merged(cayley(skew(values.transpose(0, 1), sort)))
+        return merged(cayley(values.transpose(0, 1), sort[1]))
+
+    def _values(self) -> Tensor:
+        """Return the triangles of Q (m, K, b (b - 1) / 2), constrained, in float32 or wider."""
+        return self.source().values.transpose(0, 1)
 
     def q(self) -> Tensor:
         """Return Q (m, K, b, b), constrained, in float32 or wider."""
-        return skew(self.source().values.transpose(0, 1), cast(int, self.options.block))
+        return skew(self._values(), cast(int, self.options.block))
 
     def _live(self) -> tuple[Tensor, ...]:
         """Return the blocks of every pass, without those blocks of factors that training hides now."""
         hides = self.training and self.options.block_dropout
-        return merged(hide_blocks(self, cayley(self.q()))) if hides else self.derived()
+        return merged(hide_blocks(self, cayley(self._values(), cast(int, self.options.block)))) if hides else self.derived()
 
     def _change(self, y: Tensor, blocks: tuple[Tensor, ...]) -> Tensor:
         """Return what the factors add to `y` (B, C, N): channels are reordered in whole rows of tokens or pixels."""
@@ -132,9 +137,18 @@ class Boft(Deriving):
 
     def live_change(self, base: Tensor) -> Tensor:
         """Return the same to the rounding of the weight, in training without the blocks that are hidden now."""
-        weight, options = self._sides(base.to(self.skew.dtype)), self.options
-        turned = rotated(weight.flatten(1), self._live(), cast(int, options.factors), cast(int, options.block) // 2)
-        return self._rescaled(self._sides(turned.view(weight.shape) - weight), base)
+        shared = self.shared_change()
+        return self.changes([self], self._live(), [base])[0] if shared is None else shared
+
+    @classmethod
+    def changes(cls, patches: Sequence[Deriving], derived: tuple[Tensor, ...], bases: Sequence[Tensor]) -> list[Tensor]:
+        """Return what joins the weights of patches whose rotations were derived together."""
+        mine = cast(Sequence[Boft], patches)
+        sides = [patch._sides(base.to(patch.skew.dtype)) for patch, base in zip(mine, bases, strict=True)]
+        factors, half = cast(int, mine[0].options.factors), cast(int, mine[0].options.block) // 2
+        changes = weight_changes([weight.flatten(1) for weight in sides], derived, factors, half)
+        turned = (patch._sides(change.view(weight.shape)) for patch, change, weight in zip(mine, changes, sides, strict=True))
+        return [patch._rescaled(change, base) for patch, change, base in zip(mine, turned, bases, strict=True)]
 
     def _sides(self, weight: Tensor) -> Tensor:
         """Return a weight with the side that is rotated first, or such a one as it was."""

@@ -13,8 +13,10 @@ b must divide both sides; the default is the largest such side up to 256 of ever
 must be asked for. Rates are high, since dW is the kernel divided by I: 1e-1 and more.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import gcd
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +79,23 @@ class C3a(Patch):
         kernels = torch.fft.rfft(self.kernel.to(wide) / self.site.columns)
         made = torch.matmul(given.permute(2, 0, 1), kernels.conj().permute(2, 1, 0))  # frequency by frequency
         return torch.fft.irfft(made.permute(1, 2, 0), n=side).reshape(*x.shape[:-1], rows * side).to(x.dtype)
+
+    @classmethod
+    def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
+        """Read `c3a_kernel` (peft)."""
+        if set(tensors) != {"c3a_kernel"}:
+            return None
+        kernel = tensors["c3a_kernel"]
+        side = kernel.shape[2] if kernel.dim() == 3 else 0
+        if site.op != "linear" or not side or tuple(kernel.shape[:2]) != (site.rows // side, site.columns // side):
+            raise DeltaError(
+                f"{site}: c3a_kernel {'x'.join(map(str, kernel.shape))} does not cover its weight with square blocks",
+                fix="use the delta with the base it was trained on",
+            )
+        patch = cls(site, C3aOptions(block=side))
+        with torch.no_grad():
+            patch.kernel.copy_(kernel)
+        return patch
 
 
 def _side(site: Site, asked: int | None) -> int:

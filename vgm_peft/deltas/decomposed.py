@@ -11,7 +11,7 @@ output-axis form by the norm of the *untouched* W: for them, export a merged mod
 """
 
 from abc import abstractmethod
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +57,27 @@ def goal(magnitude: Tensor, base: Tensor, axis: Axis, absolute: bool) -> Tensor:
 
 
 def decomposed(base: Tensor, inner: Tensor, magnitude: Tensor, axis: Axis, absolute: bool) -> Tensor:
-    """Return c dW + (c - 1) W, c = g / n, for the base W and an inner change dW of its shape, in the latter's dtype."""
+    """Return (g / n) (W + dW) - W for the base W and an inner change dW of its shape, in the latter's dtype."""
     base = base.to(inner.dtype)
-    changed = norms(base + inner.detach(), axis, magnitude.dtype)
-    c = broadcast(goal(magnitude, base, axis, absolute) / safe(changed), axis, base.dim())
-    return torch.addcmul(c * inner, c - 1, base)
+    return cast(Tensor, _Decomposed.apply(base, inner, goal(magnitude, base, axis, absolute), axis))
+
+
+class _Decomposed(torch.autograd.Function):
+    """(g / n) (W + dW) - W with n and W constants: small layers cost what their operations cost, so as few as there can be."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, inner: Tensor, g: Tensor, axis: Axis) -> Tensor:
+        total = base + inner
+        divisors = safe(norms(total, axis, g.dtype))
+        c = broadcast(g / divisors, axis, base.dim())
+        ctx.axes = [n for n in range(base.dim()) if n != kept(axis)]
+        ctx.save_for_backward(total, c, divisors)
+        return (c * total).sub_(base)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        total, c, divisors = ctx.saved_tensors
+        return None, c * gradients[0], (gradients[0] * total).sum(ctx.axes) / divisors, None
 
 
 class Decomposable(RowDropout):

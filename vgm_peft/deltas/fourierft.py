@@ -12,8 +12,10 @@ given; dW is linear in it, so it learns from there as well. The imaginary half i
 F is made symmetric and transformed as the spectrum of real values.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +86,23 @@ class FourierFt(Patch):
         half = values.new_zeros(rows * (columns // 2 + 1)).index_add(0, places, values[owners])
         dense = torch.fft.irfft2(half.view(rows, -1), s=(rows, columns))
         return dense.view(self.site.shape).to(self.spectrum.dtype)
+
+    @classmethod
+    def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
+        """Read `fourierft_spectrum`, and `fourierft_scaling` and `fourierft_seed` of the adapter's settings (peft)."""
+        if set(tensors) != {"fourierft_spectrum", "fourierft_scaling", "fourierft_seed"}:
+            return None
+        spectrum, seed = tensors["fourierft_spectrum"], int(tensors["fourierft_seed"])
+        if site.op not in cls.ops or spectrum.dim() != 1 or not 0 < len(spectrum) <= site.rows * site.columns or seed < 0:
+            found = "x".join(map(str, spectrum.shape))
+            raise DeltaError(
+                f"{site}: fourierft_spectrum {found} from the seed {seed} is no spectrum of its weight",
+                fix="use the delta with the base it was trained on",
+            )
+        patch = cls(site, FourierFtOptions(frequencies=len(spectrum), scale=float(tensors["fourierft_scaling"]), seed=seed))
+        with torch.no_grad():
+            patch.spectrum.copy_(spectrum)
+        return patch
 
 
 @lru_cache(maxsize=128)

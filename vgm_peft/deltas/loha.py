@@ -17,7 +17,7 @@ products cost 3 R^2 (O + I), the dense ones 3 O I; with the weight changed in pl
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +117,8 @@ class Loha(Decomposable):
     def inner(self) -> Tensor:
         """Return s * (up1 @ down1) * (up2 @ down2) in the shape of the weight."""
         (up1, down1), (up2, down2) = self._halves()
-        product = (self.options.scale * (up1 @ down1.flatten(1))) * (up2 @ down2.flatten(1))
-        return product.view(self.site.shape)
+        factors = (up1, down1.flatten(1), up2, down2.flatten(1))
+        return cast(Tensor, _Product.apply(self.options.scale, *factors)).view(self.site.shape)
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         """Return V (R^2, I[, *kernel]) and s * U (O, R^2)."""
@@ -181,3 +181,22 @@ class Loha(Decomposable):
         if patch is not None:
             patch.take_magnitude(g)
         return patch
+
+
+class _Product(torch.autograd.Function):
+    """s * (up1 @ down1) * (up2 @ down2). Keeps the factors for the gradient, and makes the two halves once more."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: float, up1: Tensor, down1: Tensor, up2: Tensor, down2: Tensor) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(up1, down1, up2, down2)
+        with torch.autocast(up1.device.type, enabled=False):
+            return (up1 @ down1).mul_(scale).mul_(up2 @ down2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        up1, down1, up2, down2 = ctx.saved_tensors
+        with torch.autocast(up1.device.type, enabled=False):
+            scaled = ctx.scale * gradients[0]
+            first, second = (up2 @ down2).mul_(scaled), (up1 @ down1).mul_(scaled)
+            return None, first @ down1.t(), up1.t() @ first, second @ down2.t(), up2.t() @ second

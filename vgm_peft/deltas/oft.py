@@ -107,8 +107,8 @@ class Oft(Deriving):
     def derive(cls, sort: tuple[int, int], values: Tensor) -> tuple[Tensor]:
         """Return R - I (K, b, b) from triangles of Q."""
         block, terms = sort
-        q = skew(values, block)
-        return (neumann(q, terms) if terms else cayley(q),)
+        turned = neumann(skew(values, block), terms) if terms else cayley(values, block)
+        return (turned.contiguous(),)  # each patch multiplies by its own blocks
 
     def turned(self) -> Tensor:
         """Return R - I (K, b, b), in float32 or wider."""
@@ -156,9 +156,12 @@ class Oft(Deriving):
 
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
-        """Read `oft_blocks` with three axes (LyCORIS, kohya), or `oft_R.weight` (peft, by its default series)."""
-        if set(tensors) == {"oft_R.weight"}:
-            return cls._of_peft(site, tensors["oft_R.weight"])
+        """Read `oft_blocks` with three axes (LyCORIS, kohya), or `oft_R.weight` (peft, OneTrainer).
+
+        `oft_terms` beside the latter is the length of its series, peft's default if it is missing; 0 is peft's exact mode.
+        """
+        if {"oft_R.weight"} <= tensors.keys() <= {"oft_R.weight", "oft_terms"}:
+            return cls._of_peft(site, tensors["oft_R.weight"], int(tensors.get("oft_terms", torch.tensor(PEFT_TERMS))))
         if not {"oft_blocks"} <= tensors.keys() <= {"oft_blocks", "alpha", "rescale"} or tensors["oft_blocks"].dim() != 3:
             return None
         blocks, rescale = tensors["oft_blocks"], tensors.get("rescale")
@@ -174,15 +177,15 @@ class Oft(Deriving):
         return patch
 
     @classmethod
-    def _of_peft(cls, site: Site, values: Tensor) -> Self:
+    def _of_peft(cls, site: Site, values: Tensor, terms: int) -> Self:
         """Read triangles (K, b (b - 1) / 2), or (1, ...) shared by all blocks."""
         block = block_of(values.shape[1]) if values.dim() == 2 else None
         pointlike = site.op == "linear" or site.op == "conv" and site.columns == site.shape[1]
         if block is None or not pointlike or site.columns % block or len(values) not in (1, site.columns // block):
             raise _misfit(site, "oft_R.weight", values)
-        patch = cls(site, OftOptions(block=block, side="input", terms=PEFT_TERMS))
+        patch = cls(site, OftOptions(block=block, side="input", terms=terms))
         with torch.no_grad():
-            patch.skew.copy_(values.expand_as(patch.skew))
+            patch.skew.copy_((values if terms else -values).expand_as(patch.skew))
         return patch
 
 

@@ -53,8 +53,12 @@ class _Skew(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        both = (gradients[0] - gradients[0].mT).flatten(-2)
-        return both.index_select(-1, triangle(gradients[0].shape[-1], both.device)), None
+        return _stored(gradients[0] - gradients[0].mT), None
+
+
+def _stored(full: Tensor) -> Tensor:
+    """Return the triangles of (..., b, b)."""
+    return full.flatten(-2).index_select(-1, triangle(full.shape[-1], full.device))
 
 
 def limited(values: Tensor, limit: float) -> Tensor:
@@ -63,27 +67,75 @@ def limited(values: Tensor, limit: float) -> Tensor:
     return values * (limit / norm.clamp_min(limit))
 
 
-def cayley(q: Tensor) -> Tensor:
-    """Return R - I (..., b, b) for skew-symmetric Q, in its dtype whatever autocast is on."""
-    return cast(Tensor, _Cayley.apply(q))
+def cayley(values: Tensor, block: int) -> Tensor:
+    """Return R - I (..., b, b) from triangles of Q (..., b (b - 1) / 2), in float32 or wider whatever autocast is on."""
+    return cast(Tensor, _Cayley.apply(wide(values), block))
 
 
 class _Cayley(torch.autograd.Function):
-    """R - I = 2 (I - Q)^-1 Q. Its derivative is 2 K dQ K with K = (I - Q)^-1 = I + (R - I) / 2: nothing is solved twice."""
+    """R - I = 2 (I - Q)^-1 Q. By Q its derivative is 2 K dQ K with K = (I - Q)^-1 = I + (R - I) / 2: nothing is solved twice.
+
+    Blocks of 4 are so many that it pays to know R - I in closed form and to multiply them entry by entry.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            turned = torch.linalg.solve_ex(_identity(q) - q, 2 * q).result  # never singular, so nothing to check
+    def forward(ctx: Any, values: Tensor, block: int) -> Tensor:
+        with torch.autocast(values.device.type, enabled=False):
+            if block == 4:
+                turned = _of_four(values)
+            else:
+                q = skew(values, block)
+                turned = torch.linalg.solve_ex(_identity(q) - q, 2 * q).result  # never singular, so nothing to check
         ctx.save_for_backward(turned)
         return turned
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (turned,) = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (turned,), size = ctx.saved_tensors, gradients[0].shape[-1]
         with torch.autocast(turned.device.type, enabled=False):
             twice = turned.mT + 2 * _identity(turned)
-            return (twice @ gradients[0] @ twice).mul_(0.5)
+            if size == 4:
+                first = entries_first(twice)
+                both = _multiplied(_multiplied(first, entries_first(gradients[0])), first)
+                found = (both - both.transpose(0, 1)).flatten(0, 1)[triangle(4, both.device)].mul_(0.5)
+                return found.movedim(0, -1).contiguous(), None
+            both = twice @ gradients[0] @ twice
+            return _stored(both - both.mT).mul_(0.5), None
+
+
+def _of_four(values: Tensor) -> Tensor:
+    """Return R - I (..., 4, 4) from triangles of Q, in memory the entries first: 2 (Q + p D + Q^2 - p^2 I) / (1 + s + p^2).
+
+    s is the sum of the squares of the triangle, p the Pfaffian (so det (I - Q) = 1 + s + p^2), and D what makes Q D = -p I.
+    Follows from Q^4 + s Q^2 + p^2 I = 0, the theorem of Cayley and Hamilton.
+    """
+    v = values.movedim(-1, 0).contiguous()
+    dual = torch.stack([v[5], -v[4], v[3], v[2], -v[1], v[0]])
+    pfaffian = (v * dual).sum(0) / 2
+    square = pfaffian * pfaffian
+    q = _from_triangle(v)
+    even = _multiplied(q, q) - square * _identity(values, 4).view(4, 4, *[1] * square.dim())
+    odd = _from_triangle(v + pfaffian * dual)
+    return ((odd + even) * (2 / (1 + (v * v).sum(0) + square))).movedim((0, 1), (-2, -1))
+
+
+def _from_triangle(v: Tensor) -> Tensor:
+    """Return the skew-symmetric (4, 4, ...) of a triangle (6, ...)."""
+    upper = v.new_zeros(16, *v.shape[1:]).index_copy_(0, triangle(4, v.device), v).unflatten(0, (4, 4))
+    return upper - upper.transpose(0, 1)
+
+
+def entries_first(blocks: Tensor) -> Tensor:
+    """Return (..., b, b) as a contiguous (b, b, ...): what is done to small blocks entry by entry runs through all of them."""
+    return blocks.movedim((-2, -1), (0, 1)).contiguous()
+
+
+def _multiplied(left: Tensor, right: Tensor) -> Tensor:
+    """Return the products of small matrices, all of them (b, b, ...)."""
+    product = torch.zeros_like(left)
+    for column, row in zip(left.unbind(1), right, strict=True):
+        product.addcmul_(column.unsqueeze(1), row)
+    return product
 
 
 def neumann(q: Tensor, terms: int) -> Tensor:
@@ -98,8 +150,9 @@ def neumann(q: Tensor, terms: int) -> Tensor:
         return total.view(q.shape)
 
 
-def _identity(q: Tensor) -> Tensor:
-    return torch.eye(q.shape[-1], device=q.device, dtype=q.dtype)
+def _identity(like: Tensor, size: int | None = None) -> Tensor:
+    """Return the identity of that size, by default that of the matrices `like`."""
+    return torch.eye(like.shape[-1] if size is None else size, device=like.device, dtype=like.dtype)
 
 
 def turn(y: Tensor, blocks: Tensor, dim: int) -> Tensor:

@@ -11,14 +11,29 @@ from vgm_peft.families.bases import load_base, toybox_folder
 from vgm_peft.families.outline import Outline, Size, outline_of, size_of
 from vgm_peft.families.sd15 import StableDiffusion
 from vgm_peft.families.sdxl import StableDiffusionXL
-from vgm_peft.family import Base, Family
+from vgm_peft.families.transformers import Flux, StableDiffusion3
+from vgm_peft.family import Base, Family, Naming
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["TABLE", "Outline", "Size", "family_named", "family_of", "load", "outline", "size_of", "toybox_folder"]
+__all__ = [
+    "KNOWN",
+    "TABLE",
+    "Outline",
+    "Size",
+    "family_named",
+    "family_of",
+    "load",
+    "naming_of",
+    "outline",
+    "size_of",
+    "toybox_folder",
+]
 
 TABLE: Mapping[str, Family] = {family.name: family for family in (StableDiffusion(), StableDiffusionXL())}
+KNOWN: Mapping[str, Naming] = {**TABLE, **{family.name: family for family in (StableDiffusion3(), Flux())}}
+"""Every family whose deltas are read; of those that are not in `TABLE` as well, no base is loaded yet."""
 
 
 def family_named(name: str) -> Family:
@@ -26,6 +41,13 @@ def family_named(name: str) -> Family:
     if name not in TABLE:
         raise ConfigError(f'unknown family "{name}"', fix=nearest(name, list(TABLE)))
     return TABLE[name]
+
+
+def naming_of(name: str) -> Naming:
+    """Return what is known of a family's names. Raises `ConfigError` with the nearest known name."""
+    if name not in KNOWN:
+        raise ConfigError(f'unknown family "{name}"', fix=nearest(name, list(KNOWN)))
+    return KNOWN[name]
 
 
 def family_of(pipe: "DiffusionPipeline") -> Family:

@@ -5,8 +5,6 @@ only. Whatever a folder or file says of itself is checked before any class that 
 """
 
 import hashlib
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +17,7 @@ from vgm_peft.errors import BaseModelError
 from vgm_peft.families.index import family_of_folder, family_of_index
 from vgm_peft.families.original import load_file
 from vgm_peft.family import Base, Family
-from vgm_peft.folders import PICKLED, check_whole, first_line, quiet, read_json
+from vgm_peft.folders import HUB_ID, PICKLED, check_whole, fetch_config, first_line, quiet, read_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
 TOYBOX = "toybox"
 SAMPLING = "sampling.json"
 """In a diffusers folder: how this base draws best, `{"guidance": 2.0}`. Ours to write and read; others pass it over."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _digests: dict[tuple[str, int, int], str] = {}
 
 
@@ -139,23 +136,6 @@ def _download(families: Mapping[str, Family], name: str) -> Path:
             f"{name}: cannot be fetched whole ({first_line(error)})",
             expected="a model with .safetensors weights",
             fix="try again; what has been fetched is kept",
-        ) from error
-
-
-def fetch_config(name: str, file: str = "model_index.json") -> Path:
-    """Bring one configuration of a hub model into the local cache. Raises `BaseModelError`."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, file))
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise BaseModelError(f"{name}: has no {file}", expected="a model in diffusers' layout") from error
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-        raise BaseModelError(
-            f"{name}: neither in the local cache nor reachable{offline}: {first_line(error)}",
-            fix="check name and network, log in with `hf auth login` where the model asks for it, or give a folder or file",
         ) from error
 
 

@@ -40,6 +40,13 @@ CLIP_G: Mapping[str, Any] = {
     "hidden_act": "gelu",
 }
 """OpenCLIP's ViT-bigG/14: the second of SDXL's two."""
+
+
+def text_prefixes(part: str, kohya: tuple[str, ...], native: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what tools write before a text encoder's modules: kohya's names, diffusers', peft's, ComfyUI's and OMI's."""
+    return (*kohya, part, f"{part}_base_model_model", *(f"text_encoders_{name}_transformer" for name in native), *native)
+
+
 _COMMON = ("photo", "picture", "drawing", "robot", "duck", "mushroom", "rocket", "house", "grass", "style", "small", "large")
 
 

@@ -21,6 +21,8 @@ from vgm_peft.site import Site
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
+UNET_PREFIXES = ("lora_unet", "unet", "diffusion_model", "model_diffusion_model", "unet_base_model_model", "oft_unet")
+"""What tools write before a U-Net's modules: kohya; diffusers and OneTrainer; ComfyUI; checkpoints; peft; kohya's OFT."""
 _ATTENTION = tuple(f"unet.*.{{}}.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0"))
 _TEXT = tuple(f"text_encoder*.encoder.layers.*.self_attn.{layer}" for layer in ("q_proj", "k_proj", "v_proj", "out_proj"))
 
@@ -52,8 +54,6 @@ class UNetFamily(Family):
     """Families whose denoiser is diffusers' UNet2DConditionModel over AutoencoderKL latents."""
 
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = PRESETS
-    text_prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Text encoder part -> kohya prefixes, the one to write first."""
     ldm_names: ClassVar[bool]
     """kohya files of this family are written with the original (LDM) block names."""
 
@@ -66,7 +66,11 @@ class UNetFamily(Family):
 
     def published(self) -> Mapping[str, nn.Module]:
         """Build the published base's parts on the meta device."""
-        layout = self.layout({}, {})
+        return self.built({})
+
+    def built(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, nn.Module]:
+        """Build on the meta device what a checkpoint of these tensors holds."""
+        layout = self.layout(shapes, {})
         with torch.device("meta"):
             return {} if layout is None else layout.build()
 
@@ -114,12 +118,12 @@ class UNetFamily(Family):
         original = unet_spellings(s.module for s in sites if s.part == "unet")
         for part, module in dict.fromkeys((s.part, s.module) for s in sites):
             if part == "unet":
-                names = [f"lora_unet_{module}", f"lora_unet_{original.get(module, module)}"]
-                names = names[::-1] if self.ldm_names else names
+                inner = [module, original.get(module, module)]
+                inner = inner[::-1] if self.ldm_names else inner
             else:
-                inner = module if module.startswith("text_projection") else f"text_model.{module}"
-                names = [f"{prefix}_{inner}" for prefix in self.text_prefixes[part]]
-            first, *others = dict.fromkeys(name.replace(".", "_") for name in names)
+                inner = [module if module.startswith("text_projection") else f"text_model.{module}"]
+            prefix = self.prefixes[part][0]
+            first, *others = dict.fromkeys(f"{prefix}_{name}".replace(".", "_") for name in inner)
             kohya[part, module] = first
             aliases.update(dict.fromkeys(others, (part, module)))
         return KeyTable(kohya, aliases)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from vgm_peft.errors import BaseModelError
-from vgm_peft.families.bases import HUB_ID, TOYBOX, fetch_config, toybox_folder
+from vgm_peft.families.bases import TOYBOX, toybox_folder
 from vgm_peft.families.index import family_of_folder, family_of_index
 from vgm_peft.families.original import configured
 from vgm_peft.family import Base, Family
-from vgm_peft.folders import PICKLED, read_json
+from vgm_peft.folders import HUB_ID, PICKLED, fetch_config, read_json
 
 
 @dataclass(frozen=True)

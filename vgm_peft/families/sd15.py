@@ -1,14 +1,15 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, epsilon or v-prediction (Rombach et al. 2021, arXiv 2112.10752)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
+from torch import nn
 
-from vgm_peft.families.clip import CLIP_H, CLIP_L, tiny_text_config, tiny_tokenizer
-from vgm_peft.families.latent import VAE, UNetFamily, is_unet, tiny_unet, tiny_vae
+from vgm_peft.families.clip import CLIP_H, CLIP_L, text_prefixes, tiny_text_config, tiny_tokenizer
+from vgm_peft.families.latent import UNET_PREFIXES, VAE, UNetFamily, is_unet, tiny_unet, tiny_vae
 from vgm_peft.families.layout import BETAS, Layout
-from vgm_peft.families.prompts import last_state
+from vgm_peft.families.prompts import encode, last_state
 from vgm_peft.family import Base, Condition
 from vgm_peft.process import Prediction
 from vgm_peft.site import Site
@@ -49,7 +50,10 @@ class StableDiffusion(UNetFamily):
         "image_encoder": None,
         "requires_safety_checker": False,
     }
-    text_prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {"text_encoder": ("lora_te", "lora_te1")}
+    prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "unet": UNET_PREFIXES,
+        "text_encoder": text_prefixes("text_encoder", ("lora_te", "lora_te1", "oft_te"), ("clip_l", "clip_h")),
+    }
     ldm_names: ClassVar[bool] = False
     guidance: ClassVar[float] = 7.5
 
@@ -115,6 +119,10 @@ class StableDiffusion(UNetFamily):
         unet |= {"sample_size": 96 if velocity else 64, "upcast_attention": True}
         return Layout(unet, vae, {"text_encoder": ("CLIPTextModel", CLIP_H)}, scheduler, {"text_encoder": "!"})
 
+    def editions(self) -> Mapping[str, Callable[[], Mapping[str, nn.Module]]]:
+        """Stable Diffusion 1.x and 2.x."""
+        return {"sd1": self.published, "sd2": lambda: self.built({CONV_IN: (320, 4, 3, 3), SECOND_TEXT: ()})}
+
     def stamps(self, sites: Sequence[Site], prediction: str | None = None) -> Mapping[str, str]:
         """Tell 1.x from 2.x by what the text is wide (2.x: 1024); a v-prediction base has `_v` behind its version."""
         second = any(s.columns == 1024 and (s.module.endswith("attn2.to_k") or s.part == "text_encoder") for s in sites)
@@ -127,7 +135,7 @@ class StableDiffusion(UNetFamily):
         }
         return stamps if prediction is None else {**stamps, "modelspec.prediction_type": "v" if velocity else "epsilon"}
 
-    def encode_prompt(self, base: Base, prompts: Sequence[str]) -> Condition:
+    def encode_prompt(self, base: Base, prompts: Sequence[str], syntax: bool = False) -> Condition:
         """Encode prompts to `hidden` (B, T, D)."""
         pipe = cast(Any, base.pipe)
-        return Condition(last_state(pipe.tokenizer, pipe.text_encoder, prompts))
+        return Condition(encode(pipe.tokenizer, pipe.text_encoder, prompts, last_state, syntax)[0])

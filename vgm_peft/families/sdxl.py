@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from vgm_peft.errors import BaseModelError
-from vgm_peft.families.clip import CLIP_G, CLIP_L, tiny_text_config, tiny_tokenizer
-from vgm_peft.families.latent import PRESETS, VAE, UNetFamily, is_unet, tiny_unet, tiny_vae
+from vgm_peft.families.clip import CLIP_G, CLIP_L, text_prefixes, tiny_text_config, tiny_tokenizer
+from vgm_peft.families.latent import PRESETS, UNET_PREFIXES, VAE, UNetFamily, is_unet, tiny_unet, tiny_vae
 from vgm_peft.families.layout import BETAS, Layout
-from vgm_peft.families.prompts import penultimate_state
+from vgm_peft.families.prompts import encode, penultimate_state
 from vgm_peft.family import Base, Condition, Query
 from vgm_peft.site import Site
 
@@ -56,9 +56,10 @@ class StableDiffusionXL(UNetFamily):
         "content": ("unet.up_blocks.0.attentions.0.*.attn[12].to_*",),
         "style": ("unet.up_blocks.0.attentions.1.*.attn[12].to_*",),
     }
-    text_prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "text_encoder": ("lora_te1",),
-        "text_encoder_2": ("lora_te2",),
+    prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "unet": UNET_PREFIXES,
+        "text_encoder": text_prefixes("text_encoder", ("lora_te1",), ("clip_l",)),
+        "text_encoder_2": text_prefixes("text_encoder_2", ("lora_te2",), ("clip_g",)),
     }
     ldm_names: ClassVar[bool] = True
 
@@ -128,15 +129,15 @@ class StableDiffusionXL(UNetFamily):
         velocity = prediction == "v_prediction"
         return stamps if prediction is None else {**stamps, "modelspec.prediction_type": "v" if velocity else "epsilon"}
 
-    def encode_prompt(self, base: Base, prompts: Sequence[str]) -> Condition:
+    def encode_prompt(self, base: Base, prompts: Sequence[str], syntax: bool = False) -> Condition:
         """Encode prompts to `hidden` (B, T, D1 + D2) and `pooled` (B, E), the second encoder's summary.
 
         A dropped caption is the empty text, encoded like any other: zeros, which stock pipelines put in the place of a
         missing negative prompt, are a choice of sampling and not of training.
         """
         pipe = cast(Any, base.pipe)
-        first, _ = penultimate_state(pipe.tokenizer, pipe.text_encoder, prompts)
-        second, pooled = penultimate_state(pipe.tokenizer_2, pipe.text_encoder_2, prompts)
+        first, _ = encode(pipe.tokenizer, pipe.text_encoder, prompts, penultimate_state, syntax)
+        second, pooled = encode(pipe.tokenizer_2, pipe.text_encoder_2, prompts, penultimate_state, syntax)
         return Condition(torch.cat([first, second], dim=-1), pooled)
 
     def extra(self, base: Base, query: Query) -> dict[str, Tensor] | None:

@@ -6,6 +6,7 @@ in the error. A file is written aside, read back, and compared by the change it 
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,26 +15,28 @@ import torch
 from vgm_peft.delta import Delta
 from vgm_peft.errors import ConfigError, DeltaError, nearest
 from vgm_peft.family import Base
-from vgm_peft.formats import diffusers, embedding, kohya, native
+from vgm_peft.folders import replace_folder
+from vgm_peft.formats import adapter, diffusers, embedding, kohya, lycoris, native, numbered
 from vgm_peft.formats.books import book_of
 from vgm_peft.formats.canonical import open_header, save_file
 from vgm_peft.formats.compare import check_change, check_words, identical
 from vgm_peft.formats.format import Format, Parcel
-from vgm_peft.formats.header import Header, listed
+from vgm_peft.formats.stamps import sealed
+from vgm_peft.header import Header, listed
 from vgm_peft.site import locate
 
-__all__ = ["ALIASES", "FORMATS", "file_of", "format_named", "names_of", "open_header", "read", "sniff", "write"]
+__all__ = ["ALIASES", "FORMATS", "file_of", "format_named", "open_header", "read", "sniff", "write", "write_all"]
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
-    {module.FORMAT.name: module.FORMAT for module in (native, kohya, diffusers, embedding)}
+    {module.FORMAT.name: module.FORMAT for module in (native, adapter, numbered, lycoris, kohya, diffusers, embedding)}
 )
 """Every format, in the order in which a file is offered to them."""
 
 ALIASES: Mapping[str, str] = MappingProxyType(dict.fromkeys(("comfyui", "a1111", "forge", "invokeai"), "kohya"))
 """Names of tools -> the format that they read."""
 
-IN_FOLDER = ("delta.safetensors", "pytorch_lora_weights.safetensors")
-"""The delta's file in a run's folder, and in one of diffusers."""
+IN_FOLDER = ("delta.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""The delta's file in a run's folder, in one of diffusers, in one of peft."""
 
 
 def format_named(name: str) -> Format:
@@ -74,42 +77,96 @@ def write(
 
     `base` is needed only by kinds whose change depends on the base's weights, and for bases of a block structure never
     published. `dtype` rounds the values of foreign formats; by default they keep theirs. Trained tokens have no place in
-    foreign weight files and go to files of their own beside it (`names_of`). Raises `DeltaError` when the format cannot
+    foreign weight files and go to files of their own beside it (`write_all`). Raises `DeltaError` when the format cannot
     hold the delta exactly, `SaveError` when the disk refuses; an older file of that name then stays as it was.
     """
-    path, chosen = Path(path), format_named(format)
-    if path.is_dir():
-        raise DeltaError(f"{path}: a folder is there", expected="the name of a file")
+    return write_all(delta, path, format, base, dtype=dtype)[0]
+
+
+def write_all(
+    delta: Delta,
+    path: str | os.PathLike[str],
+    format: str = "native",
+    base: Base | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> list[Path]:
+    """As `write`; return the paths of all files that were made: the main one first, then those of the trained tokens."""
+    chosen = format_named(format)
+    path = place_for(path, chosen)
     if base is not None and delta.family != base.family.name:
         raise _other_family("the delta", delta, base)
     parcels = chosen.spell(delta, base, dtype)
-    for ending, parcel in parcels.items():
-
-        def check(aside: Path, parcel: Parcel = parcel) -> None:
-            written = _read(open_header(aside), base)
-            if chosen.name == native.FORMAT.name:
-                if not identical(delta, written):
-                    raise DeltaError(f"{path}: what was read back is not what was written", fix="report this as a fault")
-            elif written.words:
-                check_words(_only(delta, written), written, dtype)
-            else:
-                check_change(delta, written, base, dtype)
-
-        save_file(parcel.tensors, _named(path, ending), parcel.metadata, check=check)
-    return _named(path, next(iter(parcels)))
+    if chosen.name != native.FORMAT.name:  # whose metadata is the delta's own, to the letter
+        parcels = {ending: sealed(parcel, {}) for ending, parcel in parcels.items()}
+    return put(parcels, path, chosen, Meant(delta, base, dtype, chosen.by_part))
 
 
-def names_of(delta: Delta, path: str | os.PathLike[str], format: str = "native") -> list[Path]:
-    """Return the paths of the files that `write` makes: the main one first, then those of the trained tokens."""
-    if format_named(format).name == native.FORMAT.name:
-        return [Path(path)]
-    words = list(embedding.parcels(delta, None, plain=True))
-    endings = ["", *words] if delta.patches else words if len(words) > 1 else [""]
-    return [_named(Path(path), ending) for ending in endings]
+@dataclass(frozen=True)
+class Meant:
+    """What files are to mean when they are read back: a delta, up to the rounding of a dtype."""
+
+    delta: Delta
+    base: Base | None
+    dtype: torch.dtype | None
+
+    by_part: bool = False
+    """Every file holds the changes of one part only."""
+
+    def check(self, file: Path) -> None:
+        """Raise `DeltaError` unless a file that was just written holds the delta, or its share of it: a part, or a token."""
+        header = open_header(file)
+        written = _read(header, self.base)
+        if _recognised(header).name == native.FORMAT.name:
+            if not identical(self.delta, written):
+                raise DeltaError(f"{file}: what was read back is not what was written", fix="report this as a fault")
+        elif written.words:
+            check_words(_only(self.delta, written), written, self.dtype)
+        else:
+            meant = _share(self.delta, written) if self.by_part else self.delta
+            check_change(meant, written, self.base, self.dtype)
+
+
+def put(parcels: Mapping[str, Parcel], path: Path, format: Format, meant: Meant) -> list[Path]:
+    """Write spelled files, each read back and compared before it takes its name, and return their paths.
+
+    A folder is put in its place whole. Raises `DeltaError` when a file does not mean what it should, `SaveError`.
+    """
+    parts = {patch.site.part for patch in meant.delta}
+    if format.by_part and sum(parcel.titled for parcel in parcels.values()) != len(parts):
+        raise DeltaError(f"{path}: {len(parcels)} files for {', '.join(sorted(parts))}", fix="report this as a fault")
+    if not format.folder:
+        for ending, parcel in parcels.items():
+            save_file(parcel.tensors, _named(path, ending), parcel.metadata, check=meant.check)
+        return [_named(path, ending) for ending in parcels]
+    with replace_folder(path, lambda old: all((old / name).is_file() for name in parcels)) as aside:
+        for name, parcel in parcels.items():
+            (aside / name).parent.mkdir(exist_ok=True)
+            for beside, text in parcel.beside.items():
+                (aside / name).with_name(beside).write_text(text, encoding="utf-8")
+            save_file(parcel.tensors, aside / name, parcel.metadata)
+            meant.check(aside / name)
+    return [path / name for name in parcels]
+
+
+def place_for(path: str | os.PathLike[str], format: Format) -> Path:
+    """Return where a format is to be written. Raises `DeltaError` for a folder in a file's place, or a file in a folder's."""
+    path = Path(path)
+    if format.folder and path.is_file():
+        raise DeltaError(f"{path}: a file is there", expected="the name of a folder")
+    if not format.folder and path.is_dir():
+        raise DeltaError(f"{path}: a folder is there", expected="the name of a file")
+    return path
 
 
 def _named(path: Path, ending: str) -> Path:
     return path.with_name(f"{path.stem}{ending}{path.suffix}") if ending else path
+
+
+def _share(delta: Delta, written: Delta) -> Delta:
+    """Return the delta's patches on the parts that a file has, where its format has a file for each part."""
+    parts = {patch.site.part for patch in written}
+    return Delta(delta.family, {name: patch for name, patch in delta.patches.items() if patch.site.part in parts})
 
 
 def _only(delta: Delta, written: Delta) -> Delta:
@@ -168,6 +225,6 @@ def _check_fit(delta: Delta, base: Base, where: Path) -> None:
         )
     widths = embedding.widths(book_of(base)) if delta.words else {}
     for word in delta.words.values():
-        found = {part: rows.shape[1] for part, rows in word.rows.items()}
+        found = {part: rows.shape[-1] for part, rows in word.rows.items()}
         if any(widths.get(part) != width for part, width in found.items()):
             raise DeltaError(f"{where}: the vectors of {listed([word.token])} have the widths {found}", expected=f"{widths}")

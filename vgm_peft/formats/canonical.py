@@ -15,15 +15,16 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from io import BufferedReader
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vgm_peft.errors import DeltaError, SaveError
-from vgm_peft.formats.header import Header, open_header, open_plain, shown
+from vgm_peft.header import SIZES, Header, open_header, open_plain, shown
 
-__all__ = ["data_digest", "open_header", "read_tensors", "save_file"]
+__all__ = ["bytes_of", "data_digest", "header_of", "open_header", "read_tensor", "read_tensors", "save_file"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -86,6 +87,12 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
         return {name: _read(file, header, name) for name in header.tensors}
 
 
+def read_tensor(header: Header, name: str) -> Tensor:
+    """Read one tensor of a file whose header was read, into memory of its own."""
+    with open_plain(header.path) as file:
+        return _read(file, header, name)
+
+
 def data_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256, in hexadecimal, over the data region that `save_file` writes for these tensors."""
     digest = hashlib.sha256()
@@ -94,19 +101,40 @@ def data_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def window_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], start: int, length: int) -> str:
+    """SHA-256, in hexadecimal, over some bytes of the file that `save_file` would write; over nothing where it ends before."""
+    digest, at = hashlib.sha256(), 0
+    for chunk in (memoryview(_header(tensors, metadata)), *_chunks(tensors)):
+        digest.update(chunk[max(0, start - at) : max(0, start + length - at)])
+        at += len(chunk)
+        if at >= start + length:
+            break
+    return digest.hexdigest()
+
+
+def header_of(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Return all of a file before its data; `entries` give dtype and shape by name, in the order of the data."""
     table: dict[str, object] = {}
     if metadata:
         table["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
     at = 0
-    for name in _ordered(tensors):
-        tensor = tensors[name]
-        end = at + tensor.numel() * tensor.element_size()
-        table[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+    for name, (dtype, shape) in entries.items():
+        end = at + prod(shape) * SIZES[dtype]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes as they stand in a file."""
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    ordered = ((name, tensors[name]) for name in _ordered(tensors))
+    return header_of({name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered}, metadata)
 
 
 def _ordered(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -115,8 +143,7 @@ def _ordered(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     for name in _ordered(tensors):
-        plain = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-        yield plain.view(torch.uint8).numpy().data
+        yield bytes_of(tensors[name])
 
 
 def _read(file: BufferedReader, header: Header, name: str) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor
 from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import DeltaError
 from vgm_peft.family import Base
-from vgm_peft.formats.header import listed
 from vgm_peft.formats.vocabulary import change, pack
+from vgm_peft.header import listed
 
 BOUNDS: Mapping[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference of dW that rounding to a dtype explains, as a share of the largest value of dW."""

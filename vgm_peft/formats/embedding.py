@@ -10,23 +10,24 @@ token, so files are named by it. The token also stands in the metadata, as `mode
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from vgm_peft.delta import Delta, Word
 from vgm_peft.errors import DeltaError
-from vgm_peft.families import TABLE, family_named
+from vgm_peft.families import KNOWN, TABLE, naming_of
 from vgm_peft.family import Base
-from vgm_peft.formats.books import Book, book_of, family_book
+from vgm_peft.formats.books import Book, book_of, books
 from vgm_peft.formats.canonical import read_tensors
 from vgm_peft.formats.format import Format, Parcel
-from vgm_peft.formats.header import Header, shown
+from vgm_peft.header import Header, listed, shown
 
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
 """What the UIs call the text encoders of a base that has several, in prompt order."""
-LONE = "emb_params"
+LONE = ("emb_params", "string_to_param.*", "*")
+"""What the rows are called where they are alone: by kohya, and by A1111; their token is then the file's name."""
 ARCHITECTURE = "modelspec.architecture"
 TOKEN = "modelspec.trigger_phrase"
 TABLE_OF_TOKENS = ("embeddings.token_embedding", "shared")
@@ -42,29 +43,50 @@ def recognises(header: Header) -> bool:
 
 def read(header: Header, base: Base | None = None) -> Delta:
     """Read one token's rows. The token is what the file says, else the tensor's name, else the file's."""
-    tensors = {name: rows.reshape(-1, rows.shape[-1]) for name, rows in read_tensors(header).items()}
+    tensors = read_tensors(header)
     name = next(iter(tensors))
-    named = name if len(tensors) == 1 and name not in (LONE, *ENCODERS) else header.path.stem
+    named = name if len(tensors) == 1 and name not in (*LONE, *ENCODERS) else header.path.stem
     token = header.metadata.get(TOKEN, named)
-    stacks = [tensors[key] for key in ENCODERS if key in tensors] if len(tensors) > 1 else [tensors[name]]
+    book = book_for(tensors, base, str(header.path))
+    return Delta(book.family.name, {}, {token: word_of(token, tensors, book, str(header.path))}, dict(header.metadata))
+
+
+def word_of(token: str, tensors: Mapping[str, Tensor], book: Book, where: str) -> Word:
+    """Make a token of a file's rows for each text encoder. Raises `DeltaError` when they are not as many as `book` has."""
+    stacks = _stacks(tensors)
     if len({len(rows) for rows in stacks}) != 1 or not all(bool(torch.isfinite(rows).all()) for rows in stacks):
-        raise DeltaError(f"{header.path}: the rows of {shown(token)} are not finite or differ in number between encoders")
-    book = _book_for(stacks, base, header)
-    rows = dict(zip(_encoders(book), stacks, strict=True))
-    return Delta(book.family.name, {}, {token: Word(token, rows)}, dict(header.metadata))
+        raise DeltaError(f"{where}: the rows of {shown(token)} are not finite or differ in number between encoders")
+    encoders = _encoders(book)
+    if len(stacks) != len(encoders):
+        raise DeltaError(
+            f"{where}: {shown(token)} has rows for {len(stacks)} text encoders ({listed(list(tensors))})",
+            expected=f"{len(encoders)}, as {book.family.name} has",
+        )
+    return Word(token, dict(zip(encoders, stacks, strict=True)))
 
 
-def _book_for(stacks: Sequence[Tensor], base: Base | None, header: Header) -> Book:
-    books = [book_of(base)] if base is not None else [family_book(name) for name in TABLE]
-    wanted = [rows.shape[1] for rows in stacks]
-    fitting = [book for book in books if len(_encoders(book)) == len(stacks)]
-    exact = [book for book in fitting if _widths(book) == wanted]
-    if exact or (fitting and base is None):  # a base that was never published has widths of its own
-        return (exact or fitting)[0]
-    expected = " or ".join(f"{book.family.name}'s {_widths(book)}" for book in books)
-    fits = [name for name in TABLE if _widths(family_book(name)) == wanted]
+def _stacks(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the rows for each text encoder, in prompt order."""
+    order = [key for key in ENCODERS if key in tensors] if len(tensors) > 1 else list(tensors)
+    return [tensors[key].reshape(-1, tensors[key].shape[-1]) for key in order]
+
+
+def book_for(tensors: Mapping[str, Tensor], base: Base | None, where: str) -> Book:
+    """Return the base's book, or that of the published base whose text encoders are as wide as these rows."""
+    wanted = [rows.shape[1] for rows in _stacks(tensors)]
+    known = [book_of(base)] if base is not None else books(list(KNOWN))
+    exact = next((book for book in known if _widths(book) == wanted), None)
+    if exact is not None:
+        return exact
+    if base is None:  # a base that was never published has widths of its own
+        fitting = [book for book in books(list(TABLE)) if len(_encoders(book)) == len(wanted)]
+        if fitting:
+            return fitting[0]
+    tried = [book_of(base)] if base is not None else list(books(list(TABLE)))
+    expected = " or ".join(dict.fromkeys(f"{book.family.name}'s {_widths(book)}" for book in tried))
+    fits = [book.family.name for book in books(list(KNOWN)) if _widths(book) == wanted]
     fix = f"it looks like a token of {fits[0]}" if fits else "use it with the base it was trained on"
-    raise DeltaError(f"{header.path}: the token's vectors have the widths {wanted}", expected=expected, fix=fix)
+    raise DeltaError(f"{where}: the token's vectors have the widths {wanted}", expected=expected, fix=fix)
 
 
 def _encoders(book: Book) -> tuple[str, ...]:
@@ -85,13 +107,16 @@ def parcels(delta: Delta, dtype: torch.dtype | None, plain: bool) -> dict[str, P
     """Spell every trained token as a file of its own: name ending -> content."""
     if not delta.words:
         return {}
-    family = family_named(delta.family)
+    family = naming_of(delta.family)
     encoders = family.parts[1:]
     stamps = {key: text for key, text in family.stamps([]).items() if key.startswith("modelspec.")}
     if ARCHITECTURE in stamps:
         stamps[ARCHITECTURE] += "/textual-inversion"
     out: dict[str, Parcel] = {}
     for number, word in enumerate(delta.words.values()):
+        if not word.is_plain():
+            kind = "has rows for every cross-attention" if word.layers else "leads every prompt"
+            raise DeltaError(f'"{word.token}" {kind}', expected="what other tools know", fix="keep the native file")
         if set(word.rows) != set(encoders):
             raise DeltaError(
                 f'"{word.token}" was trained on {", ".join(word.rows)}',
@@ -99,10 +124,12 @@ def parcels(delta: Delta, dtype: torch.dtype | None, plain: bool) -> dict[str, P
                 fix="train it with all text encoders of the base, or keep the native file",
             )
         rows = [word.rows[part].detach() if dtype is None else word.rows[part].detach().to(dtype) for part in encoders]
-        keys = ENCODERS[: len(rows)] if len(rows) > 1 else [word.token if plain else LONE]
+        keys = ENCODERS[: len(rows)] if len(rows) > 1 else [word.token if plain else LONE[0]]
         metadata = {**stamps, "modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "vgm_peft", TOKEN: word.token}
         ending = f".{_file_name(word.token) or number}"
-        out[ending if ending not in out else f"{ending}-{number}"] = Parcel(dict(zip(keys, rows, strict=True)), metadata)
+        out[ending if ending not in out else f"{ending}-{number}"] = Parcel(
+            dict(zip(keys, rows, strict=True)), metadata, titled=False
+        )
     return out
 
 

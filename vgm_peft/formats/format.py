@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vgm_peft.delta import Delta
 from vgm_peft.family import Base
-from vgm_peft.formats.header import Header
+from vgm_peft.header import Header
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,10 @@ class Parcel:
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    beside: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Texts by file name that stand in the same folder and belong to it."""
+    titled: bool = True
+    """It is told what the export as a whole is called; a trained token has its own name."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class Format:
     read: Callable[[Header, Base | None], Delta]
     """Reads all of a file, or raises `DeltaError`. Without a base the family and the shapes come from the file."""
     spell: Callable[[Delta, Base | None, torch.dtype | None], dict[str, Parcel]]
-    """Spells a delta as files: name ending -> content, the main file under `""`. Values keep their dtype unless one is asked
-    for. Raises `DeltaError` when the format has no exact place for something.
+    """Spells a delta as files: name ending -> content, the main file under `""`; in a folder, by their names there. Values
+    keep their dtype unless one is asked for. Raises `DeltaError` when the format has no exact place for something.
     """
+    by_part: bool = False
+    """Every part's changes have a file of their own, which alone does not tell the others."""
+    folder: bool = False
+    """It is a folder of files and not one with others beside it."""

@@ -4,11 +4,13 @@ One safetensors file in canonical order:
 
 - a tensor `<site>/<parameter>` for every parameter (and persistent buffer) of every patch, in its training dtype, the site
   spelled `part.module.weight` or `.bias`, for example `unet.mid_block.attentions.0.proj_in.weight/down`;
-- a tensor `word/<n>/<part>` (vectors, width) for every trained token and text encoder;
+- a tensor `word/<n>/<part>` (vectors, width) for every trained token and text encoder, of a layer-wise one (layers, vectors,
+  width);
 - metadata, all JSON but the first two: `vgm_peft.version` = `1`; `vgm_peft.family`; `vgm_peft.patches`, a list with one entry
   for all patches of the same kind and options, `{"kind", "options", "sites": [[part, module, op, shape, tensor], ...]}`;
   `vgm_peft.order`, the site names in the delta's own order, left out when that is the order of the entries;
-  `vgm_peft.words`, the tokens by n; every other key is the delta's own metadata.
+  `vgm_peft.words`, the tokens by n; `vgm_peft.leads`, those that begin every prompt; every other key is the delta's own
+  metadata.
 """
 
 import json
@@ -27,8 +29,8 @@ from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.family import Base
 from vgm_peft.formats.canonical import read_tensors
 from vgm_peft.formats.format import Format, Parcel
-from vgm_peft.formats.header import Header, listed, shown
 from vgm_peft.formats.vocabulary import Suffixes
+from vgm_peft.header import Header, listed, shown
 from vgm_peft.site import Op, Site
 
 VERSION = "1"
@@ -69,6 +71,8 @@ def _describe(delta: Delta) -> dict[str, str]:
         out[f"{PREFIX}order"] = _json(list(delta.patches))
     if delta.words:
         out[f"{PREFIX}words"] = _json(list(delta.words))
+    if any(word.leads for word in delta.words.values()):
+        out[f"{PREFIX}leads"] = _json([token for token, word in delta.words.items() if word.leads])
     return out
 
 
@@ -157,12 +161,13 @@ def _spell_shape(tensor: Tensor | None) -> str:
 
 def _words(header: Header, shelves: dict[str, Suffixes]) -> dict[str, Word]:
     tokens = cast("list[object]", _table(header, "words", list, []))
+    leads = cast("list[object]", _table(header, "leads", list, []))
     words: dict[str, Word] = {}
     for number, token in enumerate(tokens):
         rows = shelves.pop(f"word/{number}", {})
-        if not isinstance(token, str) or not rows or any(r.dim() != 2 for r in rows.values()):
+        if not isinstance(token, str) or {r.dim() for r in rows.values()} not in ({2}, {3}):
             raise DeltaError(f"{header.path}: damaged: the rows of word {number} are missing or no rows", fix="save it again")
-        words[token] = Word(token, rows)
+        words[token] = Word(token, rows, leads=token in leads)
     return words
 
 

@@ -4,6 +4,7 @@ Works on any stock pipeline whose family is known, whatever its task (text-to-im
 ControlNet). Pipelines made from one another share their networks; a delta attached through one is on all of them.
 """
 
+import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -63,7 +64,10 @@ class Handle:
         if not -1e6 < value < 1e6:
             raise ConfigError(f"scale = {value} for {self.name}", expected="a finite number, usually 0 .. 1")
         if value != 0.0 and self._words is None and self.delta.words:
-            self._words = WordAttachment(self._base.pipe, self.delta.words.values())
+            self._words = WordAttachment(self._base.pipe, self.delta.words.values(), rename=True)
+            for old, new in self.tokens.items():
+                if old != new:
+                    warnings.warn(renamed(self.name, old, new), stacklevel=3)
         elif value == 0.0 and self._words is not None:
             self._words.remove()
             self._words = None
@@ -75,6 +79,11 @@ class Handle:
         if self._attachment is None:
             raise DeltaError(f"{self.name}: already detached", fix="attach it again")
         return self._attachment.strengths
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """Its words: how the file calls them -> how prompts do; the second of two with one token has a number in it."""
+        return {} if self._words is None else dict(zip(self.delta.words, self._words.rows, strict=True))
 
     @property
     def attached(self) -> bool:
@@ -155,6 +164,11 @@ def read_delta(path: Path, base: Base) -> Delta:
     if not path.exists():
         raise DeltaError(f"{path}: no such file", fix="check the path; a run's delta is <run folder>/delta.safetensors")
     return read(path, base)
+
+
+def renamed(name: str, old: str, new: str) -> str:
+    """Say that a word goes by another token than its file says."""
+    return f'the word "{old}" is there already: that of {name} is written "{new}" in prompts'
 
 
 def fits(base: Base, delta: Delta, name: str) -> None:

@@ -7,8 +7,10 @@ once (`attachment.Fusion`), so neither the order nor the number of deltas matter
 from collections.abc import Mapping
 from typing import Protocol, Self
 
+from torch import nn
+
 from vgm_peft.attachment import Attachment, Fusion
-from vgm_peft.delta import Delta, Word
+from vgm_peft.delta import Delta
 from vgm_peft.errors import BaseModelError, DeltaError
 from vgm_peft.family import Base
 from vgm_peft.stack import handle as one
@@ -31,10 +33,12 @@ class Applied:
         # Sorted: float addition does not commute to the last bit, the same stack in another order should.
         uses = sorted((use.file, use.strength) for use in stack.deltas if use.strength != 0.0)
         self.deltas = {file: self._read(file, given or {}) for file, _ in uses}
-        words = _all_words(self.deltas)
+        self.notices: list[str] = []
+        """What the user should know."""
         controls = open_controls(base, stack)
         try:
-            self._put_on(uses, words, fuse)
+            self._put_on(uses, fuse)
+            self._put_words([control.network for control in controls])
             self.pipe, self.arguments = carrying(base, controls)
         except BaseException:
             self.remove()
@@ -45,15 +49,25 @@ class Applied:
         one.fits(self.base, delta, file)
         return delta
 
-    def _put_on(self, uses: list[tuple[str, float]], words: list[Word], fuse: bool) -> None:
-        from vgm_peft.words import WordAttachment
-
+    def _put_on(self, uses: list[tuple[str, float]], fuse: bool) -> None:
         base = self.base
         if not (fuse and self._fuse(uses)):
             for file, strength in uses:
                 self._undo.append(Attachment(base.parts, one.ready(self.deltas[file], base), strength))
-        if words:
-            self._undo.append(WordAttachment(base.pipe, words))
+
+    def _put_words(self, beside: list[nn.Module]) -> None:
+        """Put the words on in the stack's own order, by which the later of two with one token gets another."""
+        from vgm_peft.words import WordAttachment
+
+        files = [use.file for use in self.stack.deltas if use.file in self.deltas]
+        brought = [(file, word) for file in files for word in self.deltas[file].words.values()]
+        if not brought:
+            return
+        attachment = WordAttachment(self.base.pipe, [word for _, word in brought], rename=True, beside=beside)
+        self._undo.append(attachment)
+        for (file, word), token in zip(brought, attachment.rows, strict=True):
+            if token != word.token:
+                self.notices.append(one.renamed(file, word.token, token))
 
     def _fuse(self, uses: list[tuple[str, float]]) -> bool:
         try:
@@ -76,22 +90,6 @@ class Applied:
 
 class _Removable(Protocol):
     def remove(self) -> None: ...
-
-
-def _all_words(deltas: Mapping[str, Delta]) -> list[Word]:
-    """Collect the words of several deltas. Raises `DeltaError` when two bring the same token."""
-    owners: dict[str, str] = {}
-    words: list[Word] = []
-    for file, delta in deltas.items():
-        for token, word in delta.words.items():
-            if token in owners:
-                raise DeltaError(
-                    f'{file} and {owners[token]} both bring the word "{token}"',
-                    fix="use one, or rename the word in one",
-                )
-            owners[token] = file
-            words.append(word)
-    return words
 
 
 def _check_base(base: Base, stack: Stack) -> None:

@@ -4,6 +4,7 @@ Every picture is sampled on its own from its own generator (`seed + i`, on the C
 nor the device decides what is on it, and a picture's metadata remakes its bytes on the same machine.
 """
 
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -54,14 +55,22 @@ OnStep = Callable[[Progress], bool | None]
 
 
 def generate(
-    base: Base, stack: Stack, on_step: OnStep | None = None, *, given: Mapping[str, Delta] | None = None
+    base: Base,
+    stack: Stack,
+    on_step: OnStep | None = None,
+    *,
+    given: Mapping[str, Delta] | None = None,
+    tell: Callable[[str], None] = warnings.warn,
 ) -> list[Picture]:
     """Put the stack on the base, draw its pictures, and take it off again, whatever happens.
 
-    Returns the finished pictures: fewer than `stack.count` when `on_step` stopped the sampling. `given` as in `Stack.on`.
+    Returns the finished pictures: fewer than `stack.count` when `on_step` stopped the sampling. `given` as in `Stack.on`;
+    `tell` is told what the user should know.
     """
     record = stack.pinned(skip=given or {})
     with stack.on(base, given=given) as applied:
+        for notice in applied.notices:
+            tell(notice)
         return list(draw(applied, record, on_step))
 
 
@@ -75,8 +84,6 @@ def draw(applied: Applied, record: Stack, on_step: OnStep | None = None) -> Iter
         record.folder
     )
     arguments: dict[str, Any] = {
-        "prompt": stack.prompt,
-        "negative_prompt": stack.negative or None,
         "num_inference_steps": stack.steps,
         "guidance_scale": guidance,
         "width": width,
@@ -85,6 +92,7 @@ def draw(applied: Applied, record: Stack, on_step: OnStep | None = None) -> Iter
         **applied.arguments,
     }
     with fitting_threads(base.denoiser), _dressed(applied.pipe, scheduler_for(base, stack.scheduler)):
+        arguments |= base.family.prompting(base, stack.prompt, stack.negative)
         for i in range(stack.count):
             watch = _Watch(base, on_step, i + 1, stack.count, stack.steps)
             generator = torch.Generator("cpu").manual_seed(stack.seed + i)

@@ -230,6 +230,7 @@ class CreateTab:
             known = isinstance(drawing.error, VgmError)
             raise gr.Error(escape(explain(drawing.error)), duration=12, print_exception=not known) from drawing.error
         said = "Stopped." if drawing.stopped else f"{len(drawing.result)} drawn, seed {stack.seed}."
+        said = " ".join([said, *(f"Note: {text}." for drawn in drawing.result[:1] for text in drawn.notices)])
         pictures = [str(d.path) for d in drawing.result]
         yield pictures, bar(-1, said), [d.parameters for d in drawing.result], *resting
 

@@ -28,6 +28,8 @@ class Drawn:
 
     path: Path
     parameters: str
+    notices: tuple[str, ...] = ()
+    """What whoever asked for it should know."""
 
 
 class Engine:
@@ -106,8 +108,9 @@ class Engine:
                 folder = _by_name(control[0], self.networks(), "control network")
                 controls = (ControlUse(folder=str(folder.absolute()), image=str(control[1]), strength=control[2]),)
             full = replace(stack, base=self.settings.base, deltas=tuple(uses), controls=controls)
-            pictures = generate(base, full, on_step, given=given)
-            return [Drawn(p.save(self._place(p.stack.seed)), parameters(p.stack)) for p in pictures]
+            notices: list[str] = []
+            pictures = generate(base, full, on_step, given=given, tell=notices.append)
+            return [Drawn(p.save(self._place(p.stack.seed)), parameters(p.stack), tuple(notices)) for p in pictures]
 
     def _delta(self, path: Path, base: "Base") -> "tuple[str, Delta]":
         """Read a delta, or remember it while its file has not changed."""

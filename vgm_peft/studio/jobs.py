@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from vgm_peft.data.faults import KINDS
 from vgm_peft.errors import ConfigError, TrainError
 from vgm_peft.studio.settings import Settings
 
+ALLOWED = {kind: KINDS[kind] for kind in ("tiny", "duplicate", "near-duplicate")}
+"""What can be wrong with pictures that were written anew when they were uploaded, and what happens when it is allowed."""
 TAIL = 30_000
 """Bytes of a log that are ever looked at."""
 
@@ -27,6 +30,8 @@ class Wish:
     steps: int
     token: str = "sks"
     seed: int = 0
+    allow: tuple[str, ...] = ()
+    """Kinds of faults in the pictures to go on in spite of, of `ALLOWED`."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 _-]{0,39}", self.name):
@@ -39,6 +44,8 @@ class Wish:
                 raise ConfigError(f"{what} is {len(text)} characters long", expected="1 .. 200 ordinary characters")
         if " " in self.token.strip():
             raise ConfigError(f'the word "{self.token}"', expected="one word, such as sks")
+        if strange := set(self.allow) - ALLOWED.keys():
+            raise ConfigError(f'allow "{min(strange)}"', expected="some of " + ", ".join(ALLOWED))
         if not 1 <= self.steps <= 100_000:
             raise ConfigError(f"steps = {self.steps}", expected="1 .. 100,000")
 
@@ -79,6 +86,7 @@ class Job:
             *(f"--images={images}", f"--base={settings.base}", f"--output={self.folder}"),
             *(f"--class-prompt={wish.class_prompt.strip()}", f"--token={wish.token.strip()}"),
             *(f"--steps={wish.steps}", f"--seed={wish.seed}", f"--set=preview.every={-(-wish.steps // 4)}", *recipe),
+            *([f"--allow={','.join(wish.allow)}"] if wish.allow else []),
         ]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(

@@ -8,7 +8,7 @@ import gradio as gr
 
 from vgm_peft.errors import VgmError
 from vgm_peft.studio.create import CreateTab
-from vgm_peft.studio.jobs import Desk, State, Wish
+from vgm_peft.studio.jobs import ALLOWED, Desk, State, Wish
 from vgm_peft.studio.look import bar, clock
 
 if TYPE_CHECKING:
@@ -44,6 +44,12 @@ class TrainTab:
                 with gr.Row():
                     token = gr.Textbox(label="Word for it", value="sks", max_length=40, info="Write “a sks robot” to draw it.")
                     steps = gr.Slider(1, 2000, 200, step=1, label="Steps", elem_id="train-steps", info="More learns it closer.")
+                with gr.Accordion("Go on in spite of", open=False):
+                    allow = gr.CheckboxGroup(
+                        [(f"{kind}: {instead}", kind) for kind, instead in ALLOWED.items()],
+                        show_label=False,
+                        elem_id="train-allow",
+                    )
                 with gr.Row():
                     self._go = gr.Button("Train", variant="primary", scale=3, elem_id="train")
                     self._halt = gr.Button("Stop and keep", scale=1, interactive=False, elem_id="train-stop")
@@ -63,7 +69,9 @@ class TrainTab:
                     self._log = gr.Textbox(show_label=False, lines=8, max_lines=16, interactive=False, elem_id="log")
         self._wire()
         files.change(self._show, files, shown, show_progress="hidden", api_visibility="private")
-        self._go.click(self._start, [files, name, kind, token, steps], self._status, show_progress="hidden", api_name="train")
+        self._go.click(
+            self._start, [files, name, kind, token, steps, allow], self._status, show_progress="hidden", api_name="train"
+        )
 
     def _wire(self) -> None:
         """Let a timer bring the page up to date, and the button stop the training."""
@@ -83,10 +91,10 @@ class TrainTab:
             raise gr.Error(escape(str(error)), duration=12, print_exception=False) from None
         return gr.Gallery(value=[_small(p) for p in pictures], visible=bool(pictures))
 
-    def _start(self, files: list[str] | None, name: str, kind: str, token: str, steps: float) -> str:
+    def _start(self, files: list[str] | None, name: str, kind: str, token: str, steps: float, allow: list[str]) -> str:
         """Start training on uploaded pictures; returns the status line."""
         try:
-            wish = Wish(name=name, class_prompt=kind, steps=int(steps), token=token)
+            wish = Wish(name=name, class_prompt=kind, steps=int(steps), token=token, allow=tuple(allow))
             self.desk.start(wish, list(files or []))
         except VgmError as error:
             raise gr.Error(escape(str(error)), duration=12, print_exception=False) from None

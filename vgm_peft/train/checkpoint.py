@@ -23,16 +23,16 @@ from vgm_peft.train.seal import check, read_facts, seal, write_facts
 if TYPE_CHECKING:
     from vgm_peft.train.optim import Average
 
-VERSION = 2
+VERSION = 3
 TENSORS, FACTS = "state.safetensors", "state.json"
 
 
 @dataclass
 class Best:
-    """The step with the lowest held-out loss so far, and how many measurements since were no better."""
+    """The step that cost least so far (see `judge.py`), and how many measurements since were worse."""
 
     step: int
-    loss: float
+    cost: float
     worse: int = 0
 
 
@@ -71,6 +71,16 @@ def save(root: Path, state: State, keep: int) -> Path:
     for old in [p for p in _newest_first(root) if _step(p) <= state.step][keep:]:
         remove_folder(old)
     return folder
+
+
+def thin(root: Path, leave: int) -> None:
+    """Leave the newest `leave` whole checkpoints under `root` and no others. Raises `SaveError`."""
+    left = 0
+    for folder in _newest_first(root):
+        if left < leave and _whole(folder):
+            left += 1
+        else:
+            remove_folder(folder)
 
 
 def restore(root: Path, state: State, notice: Callable[[str], None]) -> Path | None:

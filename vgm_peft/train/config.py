@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from vgm_peft.config import Table, build, to_table
 from vgm_peft.errors import ConfigError, nearest
 from vgm_peft.train.config_data import ConceptConfig, DataConfig, check_concepts
-from vgm_peft.train.config_learning import HeldOutConfig, LossConfig, OptimiserConfig
+from vgm_peft.train.config_learning import HeldOutConfig, LossConfig, OptimiserConfig, ScoresConfig
 from vgm_peft.train.limits import within
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from vgm_peft.train.task import Task
 
 Precision = Literal["no", "bf16", "fp16"]
+OFTEN = (50, 500)
+"""Fewest and most steps between two checkpoints where nobody says how many. One costs what a few steps cost: 0.1 s for a
+LoRA of the Toybox (3 MiB), 0.9 s for one of SDXL at rank 16 (263 MiB, both measured on a busy machine of two cores).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +113,22 @@ class PreviewConfig:
 class CheckpointConfig:
     """`[checkpoint]`: what lets a run go on after it was stopped."""
 
-    every: int = 0
-    """Steps between two checkpoints; 0 is only when the run is interrupted."""
+    every: int | None = None
+    """Steps between two checkpoints; 0 is only when the run is interrupted. Left out: a tenth of the run, in `OFTEN`."""
     keep: int = 2
-    """How many to keep, the newest ones."""
+    """How many to keep while the run goes on, the newest ones."""
+    leave: int = 1
+    """How many to leave when it has ended well: from the last one it can be lengthened by more `--steps`."""
 
     def __post_init__(self) -> None:
-        within("every", self.every, 0, 10**9)
+        within("every", self.every or 0, 0, 10**9)
         within("keep", self.keep, 1, 10**6)
+        within("leave", self.leave, 1, 10**6)
+
+    def settled(self, steps: int) -> "CheckpointConfig":
+        """The same with `every` filled in for a run of so many steps."""
+        least, most = OFTEN
+        return self if self.every is not None else replace(self, every=min(most, max(least, -(-steps // 10))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +149,7 @@ class RunConfig:
     output: str = ""
     """The run's folder; left out: `runs/<task>-<pictures>-<n>`."""
     exports: tuple[str, ...] = ()
-    """Formats to write beside the native file, such as `kohya` and `diffusers`."""
+    """Tools to write it for beside the native file, such as `comfyui` and `diffusers`: targets of `vgm-delta export`."""
     data: DataConfig = DataConfig()
     concept: tuple[ConceptConfig, ...] = ()
     """`[[concept]]`: several folders in place of `data.images`."""
@@ -146,6 +158,7 @@ class RunConfig:
     optimiser: OptimiserConfig = OptimiserConfig()
     loss: LossConfig = LossConfig()
     held_out: HeldOutConfig = HeldOutConfig()
+    scores: ScoresConfig = ScoresConfig()
     compute: ComputeConfig = ComputeConfig()
     preview: PreviewConfig = PreviewConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -156,6 +169,14 @@ class RunConfig:
         within("seed", self.seed, 0, 2**63 - 1)
         within("ema", self.ema, 0.0, 0.999999)
         check_concepts(self.concept, self.data.images)
+        object.__setattr__(self, "checkpoint", self.checkpoint.settled(self.steps))  # complete, also when printed
+        object.__setattr__(self, "scores", self.scores.settled(self.base))
+        if self.scores.every and self.scores.decide and self.held_out.stop_when_worse:
+            raise ConfigError(
+                "held_out.stop_when_worse is set, but the scores decide",
+                expected="one of the two",
+                fix="set scores.stop_when_worse, or scores.decide = false",
+            )
         if self.optimiser.warmup >= self.steps:
             raise ConfigError(
                 f"optimiser.warmup = {self.optimiser.warmup} of {self.steps} steps",

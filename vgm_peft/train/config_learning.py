@@ -1,10 +1,11 @@
-"""`[optimiser]`, `[loss]` and `[held_out]`: how a run learns, what it minimises, and when it has learned enough."""
+"""`[optimiser]`, `[loss]`, `[held_out]`, `[scores]`: how a run learns, what it minimises, when it has learned enough."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vgm_peft.errors import ConfigError
+from vgm_peft.scores import USUAL, scorer_named
 from vgm_peft.train.limits import within
 
 Schedule = Literal["constant", "linear", "cosine", "polynomial", "inverse_sqrt"]
@@ -106,7 +107,7 @@ class HeldOutConfig:
     draws: int = 8
     """Batches for one measurement, each with a noise and timesteps of its own."""
     stop_when_worse: int = 0
-    """Stop after so many measurements in a row that were no better than the best; 0 goes on to the last step."""
+    """Stop after so many measurements in a row that were worse than the best; 0 goes on to the last step."""
 
     def __post_init__(self) -> None:
         within("every", self.every, 0, 10**9)
@@ -116,3 +117,44 @@ class HeldOutConfig:
         if not self.every and (self.pictures or self.stop_when_worse):
             name = "pictures" if self.pictures else "stop_when_worse"
             raise ConfigError(f"{name} is set, but nothing is measured", fix="set every, for example every = 50")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresConfig:
+    """`[scores]`: pictures are drawn on the way, always from the same noise, and read; the best step by that is the result."""
+
+    every: int = 0
+    """Steps between two measurements; 0 is none."""
+    by: str | None = None
+    """What reads them: `oracles` (on the Toybox, where it may be left out), `clip` or `dino`."""
+    model: str = ""
+    """Folder or hub id of the network that `clip` and `dino` read with."""
+    prompts: tuple[str, ...] = ()
+    """They ask for what is learned; left out: what the task suggests."""
+    others: tuple[str, ...] = ()
+    """They ask for what should stay as it was: of their pictures the drift is taken; left out: what the task suggests."""
+    pictures: int = 6
+    """Pictures of what is learned, and as many of others, drawn for one measurement."""
+    steps: int = 15
+    guidance: float | None = None
+    """Classifier-free guidance, 0 .. 100; the base's own when left out."""
+    decide: bool = True
+    """Take the step of the highest total (`score.Scores.total`) for the best, and not that of the lowest held-out loss."""
+    stop_when_worse: int = 0
+    """Stop after so many measurements in a row that were worse than the best; 0 goes on to the last step."""
+
+    def __post_init__(self) -> None:
+        within("every", self.every, 0, 10**9)
+        within("pictures", self.pictures, 1, 1000)
+        within("steps", self.steps, 1, 1000)
+        within("guidance", self.guidance or 0.0, 0.0, 100.0)
+        within("stop_when_worse", self.stop_when_worse, 0, 10**6)
+        if self.by is not None:
+            scorer_named(self.by)
+        if self.stop_when_worse and not (self.every and self.decide):
+            what = "the scores do not decide" if self.every else "nothing is measured"
+            raise ConfigError(f"stop_when_worse is set, but {what}", fix="set decide = true" if self.every else "set every")
+
+    def settled(self, base: str) -> "ScoresConfig":
+        """The same with `by` filled in, where something is known for this base."""
+        return replace(self, by=USUAL.get(base)) if self.every and self.by is None else self

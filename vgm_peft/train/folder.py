@@ -4,7 +4,8 @@ delta.safetensors   what was trained            run.toml        the resolved con
 exports/            the same for other tools    manifest.json   what it was made from and with
 samples/            pictures made on the way    metrics.jsonl   one line per step
 data.md, data.json  every picture and file that it learned from, and in which buckets
-checkpoints/        to go on from               tb/             TensorBoard events
+checkpoints/        to go on from; of a run     tb/             TensorBoard events
+                    that ended, the last one
 report.html         all of it on one page
 """
 
@@ -17,7 +18,7 @@ from vgm_peft.train.config import RunConfig
 from vgm_peft.train.durable import LEFTOVER, saving, sweep
 from vgm_peft.train.lock import LOCK, locked
 
-RECIPE, MANIFEST = "run.toml", "manifest.json"
+RECIPE, MANIFEST, REFUSAL = "run.toml", "manifest.json", "data.md"
 
 
 def choose_folder(config: RunConfig) -> Path:
@@ -26,7 +27,7 @@ def choose_folder(config: RunConfig) -> Path:
         return Path(config.output)
     named = "+".join(Path(concept.images).resolve().name for concept in config.concepts)
     stem = f"{config.task.name}-{named[:100] or 'pictures'}"
-    return next(p for n in range(1, 1_000_000) if not (p := Path("runs", f"{stem}-{n}")).exists())
+    return next(p for n in range(1, 1_000_000) if _free(p := Path("runs", f"{stem}-{n}")))
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def claimed(folder: Path, resume: bool) -> Generator[Path]:
     """
     if resume:
         check_run(folder)
-    if not resume and folder.exists() and not (folder.is_dir() and all(map(_of_no_run, folder.iterdir()))):
+    if not resume and not _free(folder):
         raise TrainError(f"{folder} exists and is not empty", fix="name another --output, or go on with it by --resume")
     fresh = not folder.exists()
     with saving(folder):
@@ -52,9 +53,14 @@ def claimed(folder: Path, resume: bool) -> Generator[Path]:
             folder.rmdir()
 
 
+def _free(folder: Path) -> bool:
+    """Whether a run may have a folder: it is not there, or holds nothing of another."""
+    return not folder.exists() or folder.is_dir() and all(map(_of_no_run, folder.iterdir()))
+
+
 def _of_no_run(path: Path) -> bool:
-    """Whether a file is what a run leaves that was killed before it wrote anything."""
-    return path.name == LOCK or LEFTOVER.fullmatch(path.name) is not None
+    """Whether a file is what a run leaves whose pictures were refused, or that was killed before it wrote anything."""
+    return path.name in (LOCK, REFUSAL) or LEFTOVER.fullmatch(path.name) is not None
 
 
 def check_run(folder: Path) -> None:

@@ -10,10 +10,11 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from vgm_peft.score import Scores
 from vgm_peft.train.durable import saving, sync, write_text
 
 METRICS = "metrics.jsonl"
@@ -28,6 +29,8 @@ class Taken:
     norm: float
     held_out: float | None = None
     """The held-out loss after the step, where it was measured."""
+    scores: Scores | None = None
+    """What drawn pictures were worth then, where they were."""
     warnings: tuple[str, ...] = ()
 
 
@@ -54,14 +57,17 @@ class Journal:
         seconds, self._last = now - self._last, now
         if self._file is None:
             return
-        values = {name: value for name, value in asdict(taken).items() if value is not None and value != ()}
+        values: dict[str, Any] = {name: value for name, value in vars(taken).items() if value is not None and value != ()}
+        if taken.scores is not None:
+            values["scores"] = taken.scores.table()
+            self.say(f"step {step}: {taken.scores}")
         for warning in taken.warnings:
             self.say(f"warning: step {step}: {warning}")
         with saving(self.folder / METRICS):
             self._file.write(json.dumps({"step": step, **values, "seconds": round(seconds, 4)}) + "\n")
             self._file.flush()
             if self._events is not None:
-                self._events.scalars(step, {name: value for name, value in values.items() if isinstance(value, float)})
+                self._events.scalars(step, _flat(values))
         self._bar.set_postfix_str(f"loss {taken.loss:.4f}, rate {taken.rate:.2g}", refresh=False)
         self._bar.update()
 
@@ -84,6 +90,12 @@ class Journal:
             with suppress(OSError):  # a full disk has been reported by the write that met it
                 if thing is not None:
                     thing.close()
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among values, those in a table by both names."""
+    inner = {f"{name}/{key}": v for name, table in values.items() if isinstance(table, dict) for key, v in table.items()}
+    return {name: value for name, value in {**values, **inner}.items() if isinstance(value, float)}
 
 
 def _bar(done: int, steps: int) -> Any:

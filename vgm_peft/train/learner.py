@@ -1,6 +1,8 @@
 """The delta of a run: fitted to the chosen sites, attached to the base, grouped by learning rate, saved."""
 
-from collections.abc import Generator, Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,11 @@ from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import ConfigError
 from vgm_peft.family import Base
 from vgm_peft.formats import write
+from vgm_peft.formats.export import export, file_name, foresee
 from vgm_peft.site import Site, choose
 from vgm_peft.train.config import DeltaConfig, RunConfig
 from vgm_peft.train.task import Group, Setup
+from vgm_peft.train.wording import PivotalOptions, Wording
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -34,11 +38,17 @@ class Learner:
     base: Base
     rates: Mapping[str, float]
     """Site name -> learning rate as a multiple of the run's."""
+    wording: Wording
+    """New words that are trained with it, if any."""
+    pivotal: PivotalOptions
     attachment: Attachment | None = None
 
     @classmethod
-    def fit(cls, setup: Setup) -> "Learner":
-        """Choose the sites and make the delta. Raises `ConfigError` or `DeltaError`, so this comes before all long work."""
+    def fit(cls, setup: Setup, words: Sequence[PivotalOptions] = (), texts: Iterable[str] = ()) -> "Learner":
+        """Choose the sites and make the delta, and the new words, which must fit into `texts`.
+
+        Raises `ConfigError` or `DeltaError`, so this comes before all long work.
+        """
         config, base = setup.config, setup.base
         delta, rates = Delta(base.family.name), dict[str, float]()
         for number, piece in enumerate((config.delta or DeltaConfig()).pieces()):
@@ -49,12 +59,18 @@ class Learner:
             rates |= dict.fromkeys((site.name for site in sites), method.rate if piece.rate is None else piece.rate)
             delta.patches |= Delta.fit(base.family.name, method, sites, options, seed=config.seed + number).patches
         delta.to(setup.device)
-        return cls(delta.start(base.parts), config, base, rates)
+        wording = Wording.of(setup, words, texts)
+        delta.words |= wording.words
+        learner = cls(delta.start(base.parts), config, base, rates, wording, words[0] if words else PivotalOptions())
+        for name in config.exports:
+            foresee(delta, name, base)
+        return learner
 
     def attach(self, setup: Setup) -> None:
         """Put the delta on the base until the run is over; what is cached of the untouched base must come before."""
         self.attachment = Attachment(self.base.parts, self.delta)
         setup.cleanup.callback(self.attachment.remove)
+        self.wording.attach(setup)
 
     @contextmanager
     def untouched(self) -> Generator[None]:
@@ -73,7 +89,7 @@ class Learner:
     @property
     def trains_text(self) -> bool:
         """Whether any patch sits on a text encoder."""
-        return any(part != self.base.family.denoiser for part in self.delta.parts)
+        return any(patch.site.part != self.base.family.denoiser for patch in self.delta)
 
     def groups(self) -> list[Group]:
         """The delta's parameters by learning rate: that of the part, times that of the method, times that of the parameter."""
@@ -85,7 +101,9 @@ class Learner:
             for name, parameter in ((n, p) for n, p in patch.named_parameters() if p.requires_grad):
                 factor = self.rates[site] * _factor(patch, name)
                 rates.setdefault(rate * factor, {})[f"{site}/{name}"] = parameter
-        return [Group(rate, parameters) for rate, parameters in rates.items()]
+        pivotal = self.pivotal if self.wording.words else PivotalOptions()
+        weights = [Group(rate, parameters, span=(pivotal.word_first, 1.0)) for rate, parameters in rates.items()]
+        return weights + self.wording.groups(pivotal.word_lr, 0.0, (0.0, pivotal.word_until))
 
     @contextmanager
     def evaluating(self) -> Generator[None]:
@@ -100,21 +118,23 @@ class Learner:
 
     def save(self, folder: Path, metadata: Mapping[str, str]) -> Path:
         """Write the delta and the exports asked for, each read back and compared; return the native file's path."""
+        self.delta.words.update(self.wording.now())
         self.delta.metadata.update(provenance(self.config, self.base), **metadata)
         return save_delta(self.delta, folder, self.config, self.base)
 
     def facts(self) -> Mapping[str, object]:
         """For the manifest."""
         scales = sorted({float(getattr(p.options, "scale", 1.0)) for p in self.delta})
-        return {"kind": list(self.delta.kinds), "sites": len(self.delta.patches), "effective_scale": scales}
+        words = {"words": {token: word.vectors for token, word in self.delta.words.items()}} if self.delta.words else {}
+        return {"kind": list(self.delta.kinds), "sites": len(self.delta.patches), "effective_scale": scales, **words}
 
 
 def save_delta(delta: Delta, folder: Path, config: RunConfig, base: Base) -> Path:
-    """Write `delta.safetensors` and, into `exports/`, every other format that the configuration names."""
+    """Write `delta.safetensors` and, into `exports/`, what the configuration names for other tools."""
     path = write(delta, folder / RESULT, base=base)
     for name in config.exports:
         if name != "native":
-            write(delta, folder / "exports" / f"{name}.safetensors", format=name, base=base)
+            export(delta, folder / "exports" / file_name(name), name, base)
     return path
 
 
@@ -127,7 +147,14 @@ def provenance(config: RunConfig, base: Base) -> dict[str, str]:
         "base_digest": base.digest,
         "steps": str(config.steps),
         "seed": str(config.seed),
+        "resolution": str(config.data.resolution or base.resolution),
     }
+
+
+def tag_frequency(captions: Iterable[str]) -> dict[str, str]:
+    """How often each tag (what stands between commas) is in the captions, as UIs read it from a file; nothing without any."""
+    counts = Counter(tag for caption in captions for tag in map(str.strip, caption.split(",")) if tag)
+    return {"ss_tag_frequency": json.dumps({"pictures": dict(sorted(counts.items()))})} if counts else {}
 
 
 def _apart(sites: Sequence[Site], delta: Delta, piece: DeltaConfig) -> None:

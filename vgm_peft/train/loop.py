@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from vgm_peft.errors import TrainError
-from vgm_peft.train import judge
 from vgm_peft.train.checkpoint import State
 from vgm_peft.train.checkpoint import save as save_checkpoint
+from vgm_peft.train.exam import Examiner
 from vgm_peft.train.interrupt import Interrupt
 from vgm_peft.train.journal import Journal, Taken
+from vgm_peft.train.judge import Judge
 from vgm_peft.train.learned import demand_finite, patience
-from vgm_peft.train.optim import MovingAverage, OwnAverage, set_rates
+from vgm_peft.train.optim import MovingAverage, OwnAverage, keep_lengths, rest, set_rates
 from vgm_peft.train.optimisers import build_optimiser, kind_named
 from vgm_peft.train.preview import Previews
 from vgm_peft.train.probe import Probe
@@ -63,7 +64,7 @@ class Desk:
     trainee: nn.Module
     optimiser: torch.optim.Optimizer
     state: State
-    probe: Probe
+    judge: Judge
     watch: Watch
 
     @property
@@ -71,13 +72,8 @@ class Desk:
         """Where they are kept."""
         return self.folder / CHECKPOINTS
 
-    @property
-    def best(self) -> Path:
-        """Where the best one is kept beside them."""
-        return self.checkpoints / "best"
 
-
-def set_up(task: Task[Any], setup: Setup, folder: Path) -> Desk:
+def set_up(task: Task[Any], setup: Setup, folder: Path, examiner: Examiner | None = None) -> Desk:
     """Make the optimiser and what belongs to it, spread over the processes; the state is that before the first step."""
     config, accelerator, groups = setup.config, setup.accelerator, task.groups()
     parameters = {name: p for group in groups for name, p in group.parameters.items()}
@@ -87,9 +83,10 @@ def set_up(task: Task[Any], setup: Setup, folder: Path) -> Desk:
     average = OwnAverage(values, plain) if kind_named(config.optimiser.name).averages else MovingAverage(values, config.ema)
     waiting = {unit_of(name) for name in parameters}
     state = State(parameters, optimiser, average, accelerator.scaler, waiting=waiting)
-    previews, probe = Previews(task, setup, folder / "samples"), Probe(task, config.seed, accelerator)
-    watch = Watch(parameters, patience(config))
-    return Desk(config, accelerator, folder, previews, setup.notices, module, optimiser, state, probe, watch)
+    late = frozenset(unit_of(name) for group in groups if group.span[0] for name in group.parameters)
+    previews, watch = Previews(task, setup, folder / "samples"), Watch(parameters, patience(config), late)
+    judge = Judge(setup, Probe(task, config.seed, accelerator), examiner, folder / CHECKPOINTS / "best")
+    return Desk(config, accelerator, folder, previews, setup.notices, module, optimiser, state, judge, watch)
 
 
 def run(desk: Desk) -> bool:
@@ -102,14 +99,14 @@ def run(desk: Desk) -> bool:
         for notice in desk.notices:
             journal.say(f"note: {notice}")
         desk.watch.replay(journal.history)
-        while state.step < config.steps and not judge.given_up(state, config.held_out):
+        while state.step < config.steps and not desk.judge.given_up(state):
             taken = take_step(desk)
             last, stopped = state.step == config.steps, interrupt.asked()
-            if _due(config.held_out.every, state.step) or last and config.held_out.every:
-                taken = replace(taken, held_out=judge.measure(desk.probe, state, config.held_out, desk.best if main else None))
+            found = desk.judge.measure(state, last)
+            taken = replace(taken, held_out=found.held_out, scores=found.scores)
             journal.step(state.step, replace(taken, warnings=desk.watch.step(state.step, taken, state.waiting)))
 
-            last = last or judge.given_up(state, config.held_out)
+            last = last or desk.judge.given_up(state)
             if desk.previews.due(state.step) or last:
                 with state.average.in_place():
                     desk.previews.draw(state.step)
@@ -123,11 +120,12 @@ def run(desk: Desk) -> bool:
 
 
 def take_step(desk: Desk) -> Taken:
-    """Batch, loss, backward, clip, step, average; a step that overflows fp16 is taken again at half the loss scale."""
+    """Batch, loss, backward, clip, step, lengths, average; a step that overflows fp16 is taken again at half the loss scale."""
     config, state = desk.config, desk.state
     rate = set_rates(desk.optimiser, config.optimiser, state.step, config.steps)
     for _ in range(MAX_OVERFLOWS):
         loss = torch.stack([_backward(desk, micro) for micro in range(config.accumulation)]).mean()
+        rest(desk.optimiser, state.step, config.steps)
         norm = _clip(desk)
         values = torch.stack([loss, norm.to(loss)]).tolist()
         overflow = state.scaler is not None and not math.isfinite(values[1])
@@ -138,6 +136,7 @@ def take_step(desk: Desk) -> Taken:
         desk.optimiser.step()
         desk.optimiser.zero_grad()
         if not overflow:
+            keep_lengths(desk.optimiser)
             state.step += 1
             state.average.update(state.step)
             return Taken(values[0], rate, values[1])
@@ -172,5 +171,5 @@ def _culprits(desk: Desk) -> list[str]:
     return found or [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
 
 
-def _due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
+def _due(every: int | None, step: int) -> bool:
+    return bool(every) and step % every == 0

@@ -60,6 +60,8 @@ def _settings(config: RunConfig, base: str) -> Table:
     whole["base"] = base
     if isinstance(data := whole["data"], dict):
         data["images"] = Path(config.data.images).name
+    if isinstance(scores := whole["scores"], dict) and Path(config.scores.model).is_dir():
+        scores["model"] = Path(config.scores.model).name
     whole["concept"] = [{**to_table(concept), "images": Path(concept.images).name} for concept in config.concept]
     return whole
 

@@ -6,7 +6,7 @@ that the first step of a warm-up already learns.
 """
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -17,11 +17,49 @@ from vgm_peft.train.config_learning import OptimiserConfig, Schedule
 
 
 def set_rates(optimiser: torch.optim.Optimizer, config: OptimiserConfig, step: int, steps: int) -> float:
-    """Give every group its rate for `step` (from 0) of `steps`; return the first group's."""
-    factor = rate_factor(config.schedule, step, steps, config.warmup)
+    """Give every group its rate for `step` (from 0) of `steps`; return that of the first which is trained in this step.
+
+    A group that is trained in a part of the run has the whole schedule in that part.
+    """
     for group in optimiser.param_groups:
+        first, last = span_of(group, steps)
+        factor = rate_factor(config.schedule, step - first, last - first, config.warmup) if first <= step < last else 0.0
         group["lr"] = group["peak"] * factor
-    return float(optimiser.param_groups[0]["lr"])
+    return next((float(g["lr"]) for g in optimiser.param_groups if not _rests(g, step, steps)), 0.0)
+
+
+def span_of(group: Mapping[str, Any], steps: int) -> tuple[int, int]:
+    """The steps (from 0) in which a group is trained: the first, and the first after them."""
+    first, last = group.get("span", (0.0, 1.0))
+    return round(first * steps), round(last * steps)
+
+
+def rest(optimiser: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """Take away the gradients of groups that are not trained in this step: they stay bit for bit, and weigh on no norm."""
+    for group in optimiser.param_groups:
+        for parameter in group["params"] if _rests(group, step, steps) else ():
+            parameter.grad = None
+
+
+def _rests(group: Mapping[str, Any], step: int, steps: int) -> bool:
+    first, last = span_of(group, steps)
+    return not first <= step < last
+
+
+@torch.no_grad()
+def keep_lengths(optimiser: torch.optim.Optimizer) -> None:
+    """After a step, bring the rows of groups that ask for it to their length.
+
+    `clamp`: none is longer than the mean. `pull`: |e| becomes |e| + min(1, 100 lr) (mean - |e|), as in cloneofsimo's lora.
+    """
+    for group in optimiser.param_groups:
+        if "length" not in group or not group["lr"]:
+            continue
+        for parameter in group["params"]:
+            norm = parameter.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            wanted = group["mean_length"] / norm
+            share = min(1.0, 100.0 * group["lr"])
+            parameter.mul_(wanted.clamp(max=1.0) if group["length"] == "clamp" else 1.0 + share * (wanted - 1.0))
 
 
 def rate_factor(schedule: Schedule, step: int, steps: int, warmup: int = 0) -> float:

@@ -68,10 +68,7 @@ def build_optimiser(groups: Sequence[Group], config: OptimiserConfig) -> torch.o
             f"{config.name} finds one rate for all, but the parts have {len(rates)}: {many}",
             fix="take another optimiser, or leave out what sets rates apart (text_lr, delta.rate, LoRA+)",
         )
-    tables = [
-        {"params": list(g.parameters.values()), "lr": g.rate, "peak": g.rate, "weight_decay": config.weight_decay}
-        for g in groups
-    ]
+    tables = [{"params": list(g.parameters.values()), "lr": g.rate, "peak": g.rate, **_own(g, config)} for g in groups]
     try:
         optimiser: Any = cls(tables, lr=config.lr, **_arguments(config, kind, cls))
     except (AssertionError, ValueError, TypeError) as error:
@@ -79,6 +76,16 @@ def build_optimiser(groups: Sequence[Group], config: OptimiserConfig) -> torch.o
     if kind.averages:
         optimiser.train()
     return optimiser
+
+
+def _own(group: Group, config: OptimiserConfig) -> dict[str, object]:
+    """What `optim` and the optimiser's class read in a group of parameters."""
+    own: dict[str, object] = {"weight_decay": config.weight_decay if group.decay is None else group.decay}
+    if group.span != (0.0, 1.0):
+        own["span"] = group.span
+    if group.length is not None:
+        own |= {"length": group.length.kind, "mean_length": group.length.mean}
+    return own
 
 
 def check_optimiser(config: OptimiserConfig, device: str, ema: float) -> None:

@@ -27,6 +27,7 @@ from vgm_peft.family import Condition
 from vgm_peft.train.config import RunConfig
 from vgm_peft.train.survey import framing
 from vgm_peft.train.task import Setup, Turn
+from vgm_peft.train.wording import Wording
 
 
 @dataclass(frozen=True)
@@ -154,16 +155,28 @@ def _chosen(counts: Sequence[int], turn: Turn, purpose: str) -> list[int]:
 
 
 class Prompts:
-    """Captions to conditions: encoded once for all, or at every call while a text encoder or a word is trained."""
+    """Captions to conditions: encoded once for all, or at every call while a text encoder or a word in them is trained."""
 
-    def __init__(self, captions: Iterable[str], setup: Setup, live: bool) -> None:
-        """Encode `captions`, unless they are to be encoded `live`. Precedes attaching, or nothing could be cached."""
-        self.base, self.live = setup.base, live
-        found = {} if self.live else encode_prompts(setup.base, captions, setup.cache)
+    def __init__(self, captions: Iterable[str], setup: Setup, live: bool, wording: Wording | None = None) -> None:
+        """Encode `captions`, unless all are to be encoded `live`, or those that a new word speaks in.
+
+        Precedes attaching, or nothing could be cached.
+        """
+        self.base, self._wording = setup.base, wording
+        fixed = [] if live else [c for c in captions if wording is None or not wording.speaks_in(c)]
+        found = encode_prompts(setup.base, fixed, setup.cache) if fixed else {}
+        self.live = live or wording is not None and bool(wording.words)
         self._known = {caption: condition.to(setup.device) for caption, condition in found.items()}
 
     def __call__(self, captions: Sequence[str]) -> Condition:
         """Return one row for each caption. Gradients flow where the encoding is live."""
-        if self.live:
+        fresh = [caption for caption in captions if caption not in self._known]
+        if len(fresh) == len(captions):
             return self.base.family.encode_prompt(self.base, captions)
-        return Condition.cat([self._known[caption] for caption in captions])
+        live = iter(self.base.family.encode_prompt(self.base, fresh).rows() if fresh else ())
+        return Condition.cat([self._spread(self._known[c]) if c in self._known else next(live) for c in captions])
+
+    def _spread(self, known: Condition) -> Condition:
+        """What was encoded before the words were attached, as it is with them."""
+        words = None if self._wording is None else self._wording.attachment
+        return known if words is None else replace(known, hidden=words.spread(known.hidden))

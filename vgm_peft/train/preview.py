@@ -1,6 +1,7 @@
 """Pictures made on the way, by the base's own stock pipeline with what is being trained in it."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,16 @@ from torch import Tensor
 
 from vgm_peft.train.config import RunConfig
 from vgm_peft.train.durable import saving, write_bytes
-from vgm_peft.train.sampler import sampler
-from vgm_peft.train.task import Setup, Task, own_chance
+from vgm_peft.train.sampler import Drawing, draw, sampler
+from vgm_peft.train.task import Preview, Setup, Task, own_chance
+
+
+@contextmanager
+def easel(task: Task[Any], setup: Setup) -> Generator[tuple[Preview, Any]]:
+    """Have a task's suggestions and its pipeline ready for `draw`. Parameters, modes and chance are afterwards as before."""
+    with own_chance(setup.device), torch.no_grad(), setup.awake(), task.preview() as preview:
+        with sampler(preview.pipe, setup.base) as pipe, setup.accelerator.autocast():
+            yield preview, pipe
 
 
 class Previews:
@@ -34,34 +43,23 @@ class Previews:
 
     def draw(self, step: int) -> None:
         """Draw into `samples/` (the main process only). Parameters, modes and chance are afterwards as before."""
-        plan, base = self.config.preview, self.setup.base
+        plan = self.config.preview
         if not plan.count or not self.setup.accelerator.is_main_process:
             return
         with saving(self.folder):
             self.folder.mkdir(exist_ok=True)
-        with own_chance(self.setup.device), torch.no_grad(), self.setup.awake(), self.task.preview() as preview:
-            prompts = self.config.preview.prompts or tuple(preview.prompts)
-            with sampler(preview.pipe, base) as pipe, self.setup.accelerator.autocast():
-                for i in range(plan.count):
-                    extra = {name: values[i % len(values)] for name, values in preview.extra.items()}
-                    latents = pipe(
-                        prompt=prompts[i % len(prompts)],
-                        num_inference_steps=plan.steps,
-                        guidance_scale=base.guidance(plan.guidance),
-                        generator=torch.Generator().manual_seed(self.config.seed + i),
-                        output_type="latent",
-                        **extra,
-                    ).images
-                    self._save(latents, self.folder / f"step-{step:06d}-{i}.png")
+        with easel(self.task, self.setup) as (preview, pipe):
+            prompts = plan.prompts or tuple(preview.prompts)
+            for i in range(plan.count):
+                extra = {name: values[i % len(values)] for name, values in preview.extra.items()}
+                how = Drawing(seed=self.config.seed + i, steps=plan.steps, guidance=plan.guidance)
+                picture = draw(pipe, self.setup.base, [prompts[i % len(prompts)]], how, extra)[0]
+                self._save(picture, self.folder / f"step-{step:06d}-{i}.png")
 
-    def _save(self, latents: Tensor, path: Path) -> None:
-        """Decode by the family, since the VAE may be in another precision than what sampled."""
+    def _save(self, picture: Tensor, path: Path) -> None:
         from PIL import Image
 
-        base = self.setup.base
-        pixels = base.family.decode(base, latents)[0].float().permute(1, 2, 0) / 2 + 0.5
-        image = Image.fromarray((pixels.clamp(0, 1).nan_to_num() * 255).round().to(torch.uint8).cpu().numpy())
         encoded = BytesIO()
-        image.save(encoded, "PNG")
+        Image.fromarray(picture.numpy()).save(encoded, "PNG")
         write_bytes(path, encoded.getvalue())
         self.drawn.append(path)

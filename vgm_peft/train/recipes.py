@@ -39,8 +39,8 @@ def resolve(flags: Table, recipe: Path | None = None) -> Resolved:
     Raises `ConfigError` for a mistake in the flags before anything is loaded.
     """
     if recipe is not None:
-        layer = read_recipe(recipe)
-        return Resolved(bind(laid_over(layer, flags)), recipe)
+        layer, notices = with_room(read_recipe(recipe), flags)
+        return Resolved(bind(laid_over(layer, flags)), recipe, notices)
     if not isinstance(task := flags.get("task"), dict) or "name" not in task:
         raise ConfigError("no task is named", expected="vgm-train TASK, --recipe or --resume", fix=nearest("", _tasks()))
     asked = bind(flags)
@@ -53,10 +53,10 @@ def resolve(flags: Table, recipe: Path | None = None) -> Resolved:
     if found is None:
         return Resolved(asked, None, ("no recipe is shipped for this: the settings are the plain defaults",))
     path, exact = found
-    layer, notices = read_recipe(path), ()
+    layer, notices = with_room(read_recipe(path), flags)
     if not exact and asked.delta is not None:
         layer = {k: v for k, v in layer.items() if k != "delta"}
-        notices = (f"no recipe is shipped for {asked.delta.kind} here: all but [delta] is from that of another kind",)
+        notices += (f"no recipe is shipped for {asked.delta.kind} here: all but [delta] is from that of another kind",)
     return Resolved(bind(merge(layer, flags)), path, notices)
 
 
@@ -91,6 +91,22 @@ def laid_over(below: Table, layer: Table) -> Table:
     if isinstance(old, dict) and isinstance(new, dict) and "kind" in new and new["kind"] != old.get("kind", DeltaConfig().kind):
         below = {key: value for key, value in below.items() if key != "delta"}
     return merge(below, layer)
+
+
+def with_room(layer: Table, flags: Table) -> tuple[Table, tuple[str, ...]]:
+    """Shorten a recipe's warm-up, in proportion, where the flags ask for too few steps for it; and say so.
+
+    A warm-up that the flags name themselves is left as it is, and so is one that its own recipe has no room for: both are
+    mistakes, which `bind` names.
+    """
+    recipe, wanted = bind(layer), flags.get("steps")
+    named = isinstance(asked := flags.get("optimiser"), dict) and "warmup" in asked
+    warmup = recipe.optimiser.warmup
+    if named or type(wanted) is not int or not 0 < wanted <= warmup:
+        return layer, ()
+    shorter = warmup * wanted // recipe.steps
+    notice = f"the recipe's warm-up of {warmup} steps is cut to {shorter}, in proportion to the {wanted} steps asked for"
+    return merge(layer, {"optimiser": {"warmup": shorter}}), (f"{notice}; --set optimiser.warmup says another",)
 
 
 def shipped_recipe(task: str, delta: DeltaConfig | None, bases: Sequence[str]) -> tuple[Path, bool] | None:
@@ -128,6 +144,8 @@ def _moved(layer: Table, move: Callable[[str], str], is_path: Callable[[str], bo
             {**c, "images": move(images)} if isinstance(c, dict) and isinstance(images := c.get("images"), str) else c
             for c in concepts
         ]
+    if isinstance(scores := out.get("scores"), dict) and isinstance(model := scores.get("model"), str):
+        out["scores"] = {**scores, "model": move(model) if model and is_path(model) else model}
     if isinstance(base, str) and base != "toybox" and is_path(base):
         out["base"] = move(base)
     return out

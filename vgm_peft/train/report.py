@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page that opens without a network: its loss, previews, pictures and settings.
+"""`report.html`: a run on one page that opens without a network: its loss, scores, previews, pictures and settings.
 
 Made from the run's own files and nothing else, so the same run has the same page. Whatever comes from outside (names, captions,
 prompts) is escaped, and the page forbids itself every script and every request.
@@ -7,7 +7,8 @@ prompts) is escaped, and the page forbids itself every script and every request.
 import base64
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,13 @@ WIDE, HIGH, EDGE = 880, 260, 44
 POINTS = 600
 """Most points that a curve is drawn with; a longer run is drawn by the means of stretches."""
 MOST_PREVIEWS, MOST_ROWS = 48, 500
+SCORES: Mapping[str, tuple[str, str]] = {
+    "subject": ("#1f5fbf", "blue"),
+    "prompt": ("#2e8b57", "green"),
+    "drift": ("#c0392b", "red"),
+    "total": ("#222222", "black"),
+}
+"""Colours of their curves."""
 HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width"><title>{title}</title><style>
@@ -46,7 +54,8 @@ def write_report(folder: Path) -> Path:
         _summary(facts, lines),
         _notes(facts, lines),
         "<h2>Loss</h2>",
-        _curve(lines),
+        _loss(lines),
+        _scores(facts.get("scores", {}), lines),
         _previews(folder / "samples"),
         _data(data),
         _settings(facts),
@@ -61,6 +70,7 @@ def _summary(facts: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
         "steps": f"{len(lines)} of {facts.get('steps', '?')}",
         "loss": f"{fmean(tail):.4g}, the mean of the last {len(tail)} steps" if tail else "",
         "held-out loss": _best(lines),
+        "best by the scores": _best_scored(lines),
         "trained": f"{trained.get('parameters', 0):,} values, {100 * trained.get('share', 0):.3g} % of the base",
         "base": f"{base.get('name', '')} ({base.get('family', '')}, SHA-256 {base.get('sha256', '')[:12]})",
         "seed": facts.get("seed", ""),
@@ -77,6 +87,18 @@ def _best(lines: Sequence[dict[str, Any]]) -> str:
     return f"{best['held_out']:.4g} at step {best['step']}, the best of {len(measured)} measurements"
 
 
+def _best_scored(lines: Sequence[dict[str, Any]]) -> str:
+    measured = [line for line in lines if "scores" in line]
+    if not measured:
+        return ""
+    best = max(measured, key=lambda line: line["scores"]["total"])
+    return f"step {best['step']} of {len(measured)} measured: {_told(best['scores'])}"
+
+
+def _told(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+
+
 def _notes(facts: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
     said = [f"<li>{escape(str(note))}</li>" for note in facts.get("notices", ())]
     for line in lines:
@@ -84,7 +106,7 @@ def _notes(facts: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
     return f"<h2>Notices and warnings</h2><ul>{''.join(said)}</ul>" if said else ""
 
 
-def _curve(lines: Sequence[dict[str, Any]]) -> str:
+def _loss(lines: Sequence[dict[str, Any]]) -> str:
     """The loss of every step, its running mean, and the held-out loss where it was measured."""
     if not lines:
         return "<p>No step was done.</p>"
@@ -93,14 +115,43 @@ def _curve(lines: Sequence[dict[str, Any]]) -> str:
     held = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
     values = sorted(y for _, y in raw)
     top = max([values[int(0.98 * (len(values) - 1))], *(y for _, y in (*smooth, *held))]) * 1.05 or 1.0
-    first, last = lines[0]["step"], max(lines[-1]["step"], lines[0]["step"] + 1)
+    curves = [_Curve(raw, "#c8d4e6", 1), _Curve(smooth, "#1f5fbf"), *([_Curve(held, "#c0392b")] if held else [])]
+    legend = "<p>thin: each step; blue: running mean" + ("; red: held-out</p>" if held else "</p>")
+    return _plot(curves, "loss by step", (lines[0]["step"], lines[-1]["step"]), top) + legend
 
-    def path(points: Sequence[tuple[float, float]], colour: str, width: float) -> str:
-        places = (
+
+def _scores(said: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
+    """What drawn pictures were worth, from the untouched base (step 0) on."""
+    measured = [(line["step"], line["scores"]) for line in lines if "scores" in line]
+    if not measured:
+        return ""
+    told = [(0, said["base"]), *measured] if "base" in said else measured
+    names = [name for name in SCORES if name in measured[0][1]]
+    curves = [_Curve([(step, scores[name]) for step, scores in told if name in scores], SCORES[name][0]) for name in names]
+    legend = "; ".join(f"{SCORES[name][1]}: {name}" for name in names)
+    asked = [("asked", "; ".join(said.get("prompts", ()))), ("not to change", "; ".join(said.get("others", ())))]
+    rows = [("read by", said.get("by", "")), *asked, ("untouched base", _told(said.get("base", {})))]
+    plot = _plot(curves, "scores by step", (told[0][0], told[-1][0]), 1.0)
+    return f"<h2>Scores of drawn pictures</h2>{plot}<p>{legend}</p>{_table((), [row for row in rows if row[1]])}"
+
+
+@dataclass(frozen=True)
+class _Curve:
+    points: Sequence[tuple[float, float]]
+    colour: str
+    width: float = 2
+
+
+def _plot(curves: Sequence[_Curve], name: str, steps: tuple[int, int], top: float) -> str:
+    """Curves over a range of steps, from 0 to `top`; what is higher is cut off there."""
+    first, last = steps[0], max(steps[1], steps[0] + 1)
+
+    def path(curve: _Curve) -> str:
+        places = " ".join(
             f"{EDGE + (x - first) / (last - first) * (WIDE - EDGE):.1f},{(1 - min(y, top) / top) * (HIGH - EDGE):.1f}"
-            for x, y in points
+            for x, y in curve.points
         )
-        return f'<polyline fill="none" stroke="{colour}" stroke-width="{width}" points="{" ".join(places)}"/>'
+        return f'<polyline fill="none" stroke="{curve.colour}" stroke-width="{curve.width}" points="{places}"/>'
 
     marks = [
         f'<text x="{EDGE - 6}" y="{(1 - s) * (HIGH - EDGE) + 4:.0f}" text-anchor="end">{s * top:.3g}</text>'
@@ -108,10 +159,8 @@ def _curve(lines: Sequence[dict[str, Any]]) -> str:
     ]
     ends = ((EDGE, "start", first), (WIDE, "end", last))
     marks += [f'<text x="{x}" y="{HIGH - EDGE + 18}" text-anchor="{a}">step {n}</text>' for x, a, n in ends]
-    legend = "<p>thin: each step; blue: running mean" + ("; red: held-out</p>" if held else "</p>")
-    drawn = [path(raw, "#c8d4e6", 1), path(smooth, "#1f5fbf", 2), path(held, "#c0392b", 2) if held else ""]
-    style = 'font-size="11" fill="#666" role="img" aria-label="loss by step"'
-    return f'<svg viewBox="0 -6 {WIDE + 4} {HIGH}" {style}>{"".join([*drawn, *marks])}</svg>{legend}'
+    style = f'font-size="11" fill="#666" role="img" aria-label="{name}"'
+    return f'<svg viewBox="0 -6 {WIDE + 4} {HIGH}" {style}>{"".join([*map(path, curves), *marks])}</svg>'
 
 
 def _running(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,10 +14,14 @@ from vgm_peft.data import Cache, Report, View, describe_views
 from vgm_peft.errors import ConfigError
 from vgm_peft.families import outline, size_of
 from vgm_peft.family import Base, fitting_threads
+from vgm_peft.score import Scorer
+from vgm_peft.scores import TABLE as SCORERS
+from vgm_peft.scores import scorer_named
 from vgm_peft.train import loop
-from vgm_peft.train.checkpoint import restore
+from vgm_peft.train.checkpoint import restore, thin
 from vgm_peft.train.config import RunConfig
 from vgm_peft.train.durable import write_text
+from vgm_peft.train.exam import Examiner
 from vgm_peft.train.folder import RECIPE, choose_folder, claimed
 from vgm_peft.train.learned import Beginning, demand_changed, demand_learned, fingerprints, patience
 from vgm_peft.train.manifest import describe, write_manifest
@@ -27,7 +31,7 @@ from vgm_peft.train.probe import GATE_DRAWS
 from vgm_peft.train.recipes import portable
 from vgm_peft.train.report import write_report
 from vgm_peft.train.seal import digest_of_file
-from vgm_peft.train.survey import keep, plan, survey
+from vgm_peft.train.survey import keep, kept_when_refused, plan, survey
 from vgm_peft.train.task import Setup, Task, own_chance
 
 if TYPE_CHECKING:
@@ -65,13 +69,15 @@ def train(config: RunConfig, *, resume: Path | None = None, base: Base | None = 
     """
     accelerator = _accelerator(config)
     check_optimiser(config.optimiser, accelerator.device.type, config.ema)
+    scorer = _scorer(config)
     folder = _agree(accelerator, resume or choose_folder(config))
     with ExitStack() as cleanup:
         cleanup.enter_context(own_chance(accelerator.device))
         cleanup.enter_context(_deterministic(config))
         if accelerator.is_main_process:
             cleanup.enter_context(claimed(folder, resume is not None))
-        report, views = _read(config, base, quiet=not accelerator.is_main_process)
+        with kept_when_refused(folder) if accelerator.is_main_process and resume is None else nullcontext():
+            report, views = _read(config, base, quiet=not accelerator.is_main_process)
         cache = Cache(gib=config.data.cache_gib)
         cleanup.callback(cache.close)
         setup = Setup(config, _ready(config, base, accelerator, cleanup), cache, accelerator, cleanup, surveyed=report)
@@ -79,11 +85,14 @@ def train(config: RunConfig, *, resume: Path | None = None, base: Base | None = 
         _remark(setup)
         with _main_first(accelerator):
             task = config.task_class().prepare(setup)
-        desk = loop.set_up(task, setup, folder)
+            examiner = Examiner(task, setup, scorer) if scorer else None
+        desk = loop.set_up(task, setup, folder, examiner)
         state = desk.state
-        beginning = Beginning(fingerprints(state.parameters), desk.probe.losses(GATE_DRAWS))
-        state.origin = origin(config, setup.base.digest, task.facts()["data"])
+        beginning = Beginning(fingerprints(state.parameters), desk.judge.probe.losses(GATE_DRAWS))
+        state.origin = origin(config, setup.base.digest, task.facts()["data"], scorer.digest if scorer else "")
         facts = {**describe(config, setup.base, state, accelerator), **task.facts(), "notices": setup.notices}
+        if examiner:
+            facts["scores"] = examiner.facts()
         if resume is not None and restore(desk.checkpoints, state, setup.notice) is None and accelerator.is_main_process:
             print("note: there is no checkpoint yet: the run begins again")  # not kept: it says nothing of the result
         if accelerator.is_main_process:
@@ -106,6 +115,22 @@ def _read(config: RunConfig, base: Base | None, quiet: bool) -> tuple[Report, li
     if not quiet:
         print("\n".join([str(report), *(describe_views(report.examples, views) if views else [])]), flush=True)
     return report, views
+
+
+def _scorer(config: RunConfig) -> Scorer | None:
+    """Load what is to score pictures, before any weight of the base is read. Raises `VgmError` for what the user can mend."""
+    plan = config.scores
+    if not plan.every:
+        return None
+    if config.task_class().exam is Task.exam:
+        raise ConfigError(f"scores.every is set, but {config.task.name} runs have no scores", fix="set held_out.every instead")
+    if plan.by is None:
+        raise ConfigError(
+            f"scores.every is set, but not what scores pictures of {config.base}",
+            expected="scores.by = one of " + ", ".join(SCORERS),
+            fix='for example --set scores.by=clip --set scores.model="openai/clip-vit-large-patch14"',
+        )
+    return scorer_named(plan.by).load(plan.model)
 
 
 def _accelerator(config: RunConfig) -> "Accelerator":
@@ -181,12 +206,12 @@ def _remark(setup: Setup) -> None:
 def _conclude(task: Task[Any], desk: loop.Desk, facts: Mapping[str, object], beginning: Beginning) -> Path | None:
     """Go back to the best step where one was sought, demand that something was learned, and save it."""
     config, state = desk.config, desk.state
-    if config.held_out.every:
+    if desk.judge.decides:
         desk.accelerator.wait_for_everyone()  # the main process writes it
-        restore(desk.best, state, desk.notices.append)
+        restore(desk.judge.folder, state, desk.notices.append)
     demand_learned(state, beginning.values, patience(config))
     with state.average.in_place():
-        demand_changed(beginning.answers, desk.probe.losses(GATE_DRAWS))
+        demand_changed(beginning.answers, desk.judge.probe.losses(GATE_DRAWS))
     return _save(task, desk, facts)
 
 
@@ -196,8 +221,9 @@ def _save(task: Task[Any], desk: loop.Desk, facts: Mapping[str, object]) -> Path
         return None
     with desk.state.average.in_place():
         path = task.save(desk.folder)
-    made = path.rglob("*") if path.is_dir() else [path, *(desk.folder / "exports").glob("*")]
+    made = path.rglob("*") if path.is_dir() else [path, *(desk.folder / "exports").rglob("*")]
     files = sorted(p for p in made if p.is_file())
     digests = {p.relative_to(desk.folder).as_posix(): digest_of_file(p) for p in files}
     write_manifest(desk.folder, {**facts, "result": digests})
+    thin(desk.checkpoints, desk.config.checkpoint.leave)  # only now: until the result is there, they are all there is
     return path

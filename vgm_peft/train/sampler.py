@@ -1,8 +1,12 @@
-"""The sampler with which a run draws (class pictures, previews), put on a pipeline for a while."""
+"""How a run draws (class pictures, previews, pictures to be scored): a sampler put on a pipeline for a while, and a call."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
 
 from vgm_peft.family import Base
 from vgm_peft.stack.sampling import scheduler_for
@@ -25,3 +29,32 @@ def sampler(pipe: "DiffusionPipeline", base: Base) -> Generator[Any]:
     finally:
         loose.scheduler = before
         loose.set_progress_bar_config(**(bar or {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How pictures are drawn: number i of a call has the noise of `seed + i`."""
+
+    seed: int
+    steps: int
+    guidance: float | None = None
+    """`None`: the base's own."""
+
+
+def draw(pipe: Any, base: Base, prompts: Sequence[str], how: Drawing, extra: Mapping[str, Any] | None = None) -> Tensor:
+    """Draw prompts in one call of a pipeline that has the sampler: (B, P, Q, 3) uint8 on the CPU.
+
+    `extra` are further arguments of the call. Decoded by the family, since the VAE may be in another precision than what
+    sampled, and one by one, since that is where most memory is used.
+    """
+    chance = [torch.Generator().manual_seed(how.seed + i) for i in range(len(prompts))]
+    latents: Tensor = pipe(
+        prompt=list(prompts) if len(prompts) > 1 else prompts[0],
+        num_inference_steps=how.steps,
+        guidance_scale=base.guidance(how.guidance),
+        generator=chance if len(prompts) > 1 else chance[0],
+        output_type="latent",
+        **(extra or {}),
+    ).images
+    pixels = torch.cat([base.family.decode(base, one) for one in latents.split(1)]).float().permute(0, 2, 3, 1) / 2 + 0.5
+    return (pixels.clamp(0, 1).nan_to_num() * 255).round().to(torch.uint8).cpu()

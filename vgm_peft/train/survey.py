@@ -5,7 +5,8 @@ made. What is wrong stops the run here unless the user allows it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from vgm_peft.data import (
@@ -20,6 +21,7 @@ from vgm_peft.data import (
     scan_all,
 )
 from vgm_peft.data.pictures import shown
+from vgm_peft.errors import DataError
 from vgm_peft.families import Size
 from vgm_peft.train.config import RunConfig
 from vgm_peft.train.durable import write_text
@@ -39,6 +41,19 @@ def survey(config: RunConfig, quiet: bool = False) -> Report:
             bar.update(done - bar.n)
 
         return scan_all(sources, frozenset(config.data.allow), tell)
+
+
+@contextmanager
+def kept_when_refused(folder: Path) -> Generator[None]:
+    """Keep what is wrong with the pictures in the run's folder too, one thing a line, and say where it is."""
+    try:
+        yield
+    except DataError as error:
+        wrong = [f"* {_cell(line.strip())}" for line in error.what.splitlines()]
+        cure = [_cell(text) for text in (error.expected and f"Expected: {error.expected}.", error.fix) if text]
+        path = write_text(folder / TEXT, "\n".join(["# What is wrong with the pictures", "", *wrong, "", *cure]) + "\n")
+        fix = f"{error.fix.rstrip('. ')}; " if error.fix else ""
+        raise DataError(error.what, expected=error.expected, fix=f"{fix}{path} has it line by line") from None
 
 
 def framing(config: RunConfig, size: Size) -> Framing:

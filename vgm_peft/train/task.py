@@ -11,12 +11,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vgm_peft.config import build
+from vgm_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from vgm_peft.data import Cache, Report, Source
     from vgm_peft.family import Base
     from vgm_peft.train.config import RunConfig
+    from vgm_peft.train.exam import Exam
 
 Batch = TypeVar("Batch")
 Options = TypeVar("Options")
@@ -59,11 +61,24 @@ def own_chance(device: torch.device) -> AbstractContextManager[None]:
 
 
 @dataclass(frozen=True)
+class Length:
+    """How long rows of a parameter are to be: at most `mean` after each step (`clamp`), or drawn towards it (`pull`)."""
+
+    kind: Literal["clamp", "pull"]
+    mean: float
+
+
+@dataclass(frozen=True)
 class Group:
-    """Parameters that share a learning rate, by name `unit/parameter`; a unit is what must have moved when the run ends."""
+    """Parameters that are trained alike, by name `unit/parameter`; a unit is what must have moved when the run ends."""
 
     rate: float
     parameters: Mapping[str, nn.Parameter]
+    decay: float | None = None
+    """Weight decay; left out: the run's."""
+    span: tuple[float, float] = (0.0, 1.0)
+    """The share of the run in which they are trained, from one point to another; before and after, they rest."""
+    length: Length | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +214,14 @@ class Task(ABC, Generic[Batch]):
     @abstractmethod
     def preview(self) -> AbstractContextManager[Preview]:
         """Say what to draw while training; within the context what is trained is in evaluation mode."""
+
+    def unlearned(self) -> AbstractContextManager[None]:
+        """A context in which the base draws as it did before the run, as far as prompts without new words go."""
+        return nullcontext()
+
+    def exam(self) -> "Exam":
+        """Say what to draw for its scores. A task that does not say so cannot be scored, which is known before it is made."""
+        raise ConfigError(f"{self.name} runs have no scores")
 
     @abstractmethod
     def facts(self) -> Mapping[str, object]:

@@ -28,8 +28,12 @@ SIGMA = 1.4826
 class Watch:
     """Looks at every step of one run. What it says depends on the steps alone, resumed or not."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], patience: float) -> None:
-        """Watch the units of these parameters (named `unit/parameter`); `patience` steps before silence is remarked upon."""
+    def __init__(self, parameters: Mapping[str, nn.Parameter], patience: float, late: frozenset[str] = frozenset()) -> None:
+        """Watch the units of these parameters (named `unit/parameter`); `patience` steps before silence is remarked upon.
+
+        Those that are `late`, trained in a later part of the run alone, may be silent.
+        """
+        self._late = late
         self.units: dict[str, list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
             self.units.setdefault(unit_of(name), []).append(parameter)
@@ -48,8 +52,8 @@ class Watch:
     def step(self, step: int, taken: Taken, waiting: set[str]) -> tuple[str, ...]:
         """Return what is to be said after step number `step` (from 1)."""
         said = self._judge(step, {"loss": taken.loss, "norm": taken.norm})
-        if waiting and step == self.patience:
-            said.append(f"no gradient has reached {len(waiting)} of {len(self.units)} parts yet: {some(sorted(waiting))}")
+        if (silent := waiting - self._late) and step == self.patience:
+            said.append(f"no gradient has reached {len(silent)} of {len(self.units)} parts yet: {some(sorted(silent))}")
         return tuple(said)
 
     def _judge(self, step: int, values: Mapping[str, float]) -> list[str]:

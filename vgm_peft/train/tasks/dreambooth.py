@@ -23,24 +23,26 @@ from vgm_peft.data import Example, Source, names_word
 from vgm_peft.errors import ConfigError, DataError
 from vgm_peft.family import Query
 from vgm_peft.train.config import RunConfig
-from vgm_peft.train.learner import Learner
+from vgm_peft.train.exam import PLACES, Exam
+from vgm_peft.train.learner import Learner, tag_frequency
 from vgm_peft.train.limits import within
 from vgm_peft.train.manifest import digest_of_examples
 from vgm_peft.train.objective import Lesson, Objective, Teacher
 from vgm_peft.train.pictures import Pictures, Prompts, Shown
 from vgm_peft.train.prior import ClassPictures, ClassPlan
 from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
+from vgm_peft.train.wording import PivotalOptions
 
 LOOSE = frozenset("a an the of on in at with and by from to under near beside".split())
 """Words that end no name of a thing."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DreamBoothOptions:
+class DreamBoothOptions(PivotalOptions):
     """`[task]` of a DreamBooth run."""
 
     token: str = "sks"
-    """The rare word that comes to mean the subject."""
+    """The rare word that comes to mean the subject; where `vectors` asks for a new one, a word that the base does not have."""
     class_prompt: str = ""
     """What kind of thing it is: `a robot`. The subject is then `a sks robot`; left out, there are no class pictures."""
     prompt: str = ""
@@ -59,6 +61,7 @@ class DreamBoothOptions:
     """Classifier-free guidance of the class pictures; the base's own when left out."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         within("prior_weight", self.prior_weight, 0.0, 1000.0)
         within("class_images", self.class_images, 0, 100_000)
         within("class_batch", self.class_batch, 0, 4096)
@@ -117,13 +120,16 @@ class DreamBooth(Task[Both]):
         """Have the base draw the subjects' classes, cache latents and prompts, attach the delta."""
         subjects, prompts_of_class = _read(setup)
         options = subjects[0]
-        learner = Learner.fit(setup)
-        pictures = Pictures([_named(example, subjects[example.concept]) for example in setup.report.examples], setup)
+        examples = [_named(example, subjects[example.concept]) for example in setup.report.examples]
+        words = [replace(s, init_word=(s.init_word or "{}").replace("{}", noun_of(s.class_prompt))) for s in subjects]
+        learner = Learner.fit(setup, words, [example.caption for example in examples])
+        pictures = Pictures(examples, setup)
         plan = options.plan(prompts_of_class, setup.config.data.batch)
         kind = ClassPictures.drawn(setup, plan) if plan else None
         if options.prior_weight and not all(subject.class_prompt for subject in subjects):
             setup.notice("no --class-prompt: nothing keeps the base from taking everything of that kind for this subject")
-        prompts = Prompts([*pictures.captions(), *(plan.prompts if plan else ())], setup, live=learner.trains_text)
+        texts = [*pictures.captions(), *(plan.prompts if plan else ())]
+        prompts = Prompts(texts, setup, live=learner.trains_text, wording=learner.wording)
         untouched = Prompts(plan.prompts if plan and options.prior == "base" else (), setup, live=False)
         learner.attach(setup)
         setup.rest(prompts.live)
@@ -180,7 +186,7 @@ class DreamBooth(Task[Both]):
             "prompt": "; ".join(subject.instance_prompt for subject in subjects),
             "class_prompt": "; ".join(subject.class_prompt for subject in subjects),
         }
-        return self.learner.save(folder, words)
+        return self.learner.save(folder, {**words, **tag_frequency(self.pictures.captions())})
 
     @contextmanager
     def preview(self) -> Generator[Preview]:
@@ -188,6 +194,19 @@ class DreamBooth(Task[Both]):
         prompts = [text for subject in self.subjects for text in (subject.instance_prompt, subject.class_prompt) if text]
         with self.learner.evaluating():
             yield Preview(self.learner.base.pipe, prompts)
+
+    def unlearned(self) -> AbstractContextManager[None]:
+        """The base without the delta."""
+        return self.learner.untouched()
+
+    def exam(self) -> Exam:
+        """Each subject in several places; its class there should stay what it was."""
+        both = [(subject, place) for place in PLACES for subject in self.subjects]
+        return Exam(
+            prompts=[f"{with_token(subject.class_prompt, subject.token)} {place}" for subject, place in both],
+            others=[f"{subject.class_prompt} {place}" for subject, place in both if subject.class_prompt],
+            words=[(subject.token, "") for subject in self.subjects],
+        )
 
     def facts(self) -> Mapping[str, object]:
         """For the manifest."""

@@ -9,20 +9,23 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from vgm_peft.data import Source
+from vgm_peft.errors import ConfigError
 from vgm_peft.train.config import RunConfig
-from vgm_peft.train.learner import Learner
+from vgm_peft.train.exam import Exam
+from vgm_peft.train.learner import Learner, tag_frequency
 from vgm_peft.train.manifest import digest_of_examples
 from vgm_peft.train.objective import Lesson, Objective
 from vgm_peft.train.pictures import Pictures, Prompts, Shown
 from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
+from vgm_peft.train.wording import PivotalOptions
 
 PREVIEWS = 4
 """Captions of the data that are drawn when no prompts are given."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuneOptions:
-    """None of its own: captions come with the pictures; what is done with them stands in `[data]`."""
+class FineTuneOptions(PivotalOptions):
+    """Those of a new word, which some captions hold, where one is to be trained along. Captions come with the pictures."""
 
 
 @dataclass
@@ -45,9 +48,9 @@ class FineTune(Task[Shown]):
     @classmethod
     def prepare(cls, setup: Setup) -> Self:
         """Encode the pictures and their captions."""
-        learner = Learner.fit(setup)
+        learner = Learner.fit(setup, _words(setup), [example.caption for example in setup.report.examples])
         pictures = Pictures(setup.report.examples, setup)
-        prompts = Prompts(pictures.captions(), setup, live=learner.trains_text)
+        prompts = Prompts(pictures.captions(), setup, live=learner.trains_text, wording=learner.wording)
         learner.attach(setup)
         setup.rest(prompts.live)
         return cls(learner, pictures, prompts, Objective.of(setup.base, setup.config.loss))
@@ -71,7 +74,7 @@ class FineTune(Task[Shown]):
 
     def save(self, folder: Path) -> Path:
         """Write the delta and its exports."""
-        return self.learner.save(folder, {})
+        return self.learner.save(folder, tag_frequency(self.pictures.captions()))
 
     @contextmanager
     def preview(self) -> Generator[Preview]:
@@ -80,7 +83,35 @@ class FineTune(Task[Shown]):
         with self.learner.evaluating():
             yield Preview(self.learner.base.pipe, captions)
 
+    def unlearned(self) -> AbstractContextManager[None]:
+        """The base without the delta."""
+        return self.learner.untouched()
+
+    def exam(self) -> Exam:
+        """The captions of the data; all else may change with them."""
+        config = self.learner.config
+        words = [(concept.token or config.data.trigger, "") for concept in config.concepts]
+        return Exam(list(dict.fromkeys(e.caption for e in self.pictures.examples)), words=words, common="style")
+
     def facts(self) -> Mapping[str, object]:
         """For the manifest."""
         examples = self.pictures.examples
         return {"data": {"pictures": len(examples), "sha256": digest_of_examples(examples)}, "delta": self.learner.facts()}
+
+
+def _words(setup: Setup) -> list[FineTuneOptions]:
+    """The new words asked for: that of the task, or one for each concept that has a token. Each must stand in a caption."""
+    common = setup.options(FineTuneOptions)
+    if not common.vectors:
+        return []
+    tokens = dict.fromkeys(concept.token or common.token or setup.config.data.trigger for concept in setup.config.concepts)
+    words = [replace(common, token=token) for token in tokens]
+    captions = [example.caption for example in setup.report.examples]
+    for word in words:
+        if not word.prefix and not any(word.token and word.token in caption for caption in captions):
+            raise ConfigError(
+                f'no caption holds the new word "{word.token}"',
+                expected="one that does, or the word would not be trained",
+                fix='write it into the captions, or have it put before them all: --set data.trigger="<new>"',
+            )
+    return words

@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vgm_peft.data import Source
 from vgm_peft.delta import Delta
 from vgm_peft.errors import ConfigError
 from vgm_peft.family import Base
 from vgm_peft.train.config import RunConfig
+from vgm_peft.train.exam import PLACES, Exam
 from vgm_peft.train.learner import provenance, save_delta
 from vgm_peft.train.limits import within
 from vgm_peft.train.manifest import digest_of_examples
 from vgm_peft.train.objective import Lesson, Objective
 from vgm_peft.train.pictures import Cut, Pictures, Prompts, Shown
 from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
-from vgm_peft.words import WordAttachment, new_word
+from vgm_peft.train.wording import Wording, WordOptions
 
 TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "object": (
@@ -38,30 +39,29 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class InversionOptions:
+class InversionOptions(WordOptions):
     """`[task]` of a textual-inversion run."""
 
     token: str = "<new>"
-    """The new word; no word that the base knows."""
     init_word: str = "object"
-    """A text of the base's own from whose embedding the new word starts: what the thing roughly is."""
     vectors: int = 1
-    """Embedding rows for the word, 1 .. 16; each takes a place in the prompt."""
     kind: Literal["object", "style"] = "object"
     """Which sentences to use."""
     templates: tuple[str, ...] = ()
     """Sentences of your own, each with one `{}`; left out: those of the kind."""
 
     def __post_init__(self) -> None:
-        within("vectors", self.vectors, 1, 16)
+        super().__post_init__()
+        within("vectors", self.vectors, 1, 1000)
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ConfigError(f'task.templates: "{template}"', expected="a sentence with one {}")
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """The sentences with the word in them."""
-        return tuple(t.replace("{}", self.token) for t in self.templates or TEMPLATES[self.kind])
+        """The sentences with the word in them; a prefix stands before them, which then say what it began as."""
+        word = self.init_word if self.prefix else self.token
+        return tuple(t.replace("{}", word) for t in self.templates or TEMPLATES[self.kind])
 
 
 @dataclass
@@ -76,7 +76,7 @@ class TextualInversion(Task[Shown]):
     base: Base
     options: tuple[InversionOptions, ...]
     """Those of each concept."""
-    words: WordAttachment
+    wording: Wording
     pictures: Pictures
     prompts: Prompts
     objective: Objective
@@ -94,20 +94,18 @@ class TextualInversion(Task[Shown]):
             replace(common, token=concept.token or common.token, init_word=concept.class_prompt or common.init_word)
             for concept in setup.config.concepts
         )
-        pictures = Pictures(setup.report.examples, setup)
-        own = {o.token: new_word(setup.base.pipe, o.token, o.init_word, o.vectors) for o in options}
-        words = WordAttachment(setup.base.pipe, list(own.values()), trainable=True)
-        setup.cleanup.callback(words.remove)
+        examples = setup.report.examples
+        own = [text for o in options for text in o.sentences]
+        wording = Wording.of(setup, options, [*own, *(example.caption for example in examples)])
+        pictures = Pictures(examples, setup)
+        wording.attach(setup)
         objective = Objective.of(setup.base, setup.config.loss)
         setup.rest(True)
-        return cls(setup.config, setup.base, options, words, pictures, Prompts((), setup, live=True), objective)
+        return cls(setup.config, setup.base, options, wording, pictures, Prompts((), setup, live=True), objective)
 
     def groups(self) -> list[Group]:
         """The words' rows, one stack for each text encoder."""
-        rows: dict[str, nn.Parameter] = {
-            f"{token}:{part}/rows": rows for token, parts in self.words.rows.items() for part, rows in parts.items()
-        }
-        return [Group(self.config.optimiser.lr, rows)]
+        return self.wording.groups(self.config.optimiser.lr)
 
     def batch(self, turn: Turn) -> Shown:
         """Pictures, each with its own caption if it has one, else with a sentence drawn for it."""
@@ -126,20 +124,26 @@ class TextualInversion(Task[Shown]):
     def _caption(self, caption: str, cut: Cut, number: int) -> str:
         """The picture's own caption where that holds its word, else the sentence of that number."""
         own = self.options[self.pictures.examples[cut.example].concept]
-        return caption if own.token in caption else own.sentences[number]
+        return caption if own.token in caption or own.prefix and caption else own.sentences[number]
 
     def save(self, folder: Path) -> Path:
         """Write the words and their exports."""
-        metadata = {**provenance(self.config, self.base), "token": ", ".join(self.words.rows)}
-        delta = Delta(self.base.family.name, words=self.words.words(), metadata=metadata)
-        for word in delta.words.values():
-            word.rows.update({part: rows.cpu() for part, rows in word.rows.items()})
+        words = self.wording.now()
+        metadata = {**provenance(self.config, self.base), "token": ", ".join(words)}
+        delta = Delta(self.base.family.name, words=words, metadata=metadata)
         return save_delta(delta, folder, self.config, self.base)
 
     @contextmanager
     def preview(self) -> Generator[Preview]:
         """The words in the first sentences."""
         yield Preview(self.base.pipe, [sentence for own in self.options for sentence in own.sentences[:2]])
+
+    def exam(self) -> Exam:
+        """Things in several places, styles in their sentences; prompts without a new word draw what they drew."""
+        words = [(own.token, own.init_word) for own in self.options]
+        if self.options[0].kind == "style":
+            return Exam([sentence for own in self.options for sentence in own.sentences], words=words, common="style")
+        return Exam([f"a {own.token} {place}" for place in PLACES for own in self.options], words=words)
 
     def facts(self) -> Mapping[str, object]:
         """For the manifest."""

@@ -48,6 +48,8 @@ LOOKS_LIKE: tuple[tuple[bytes, str], ...] = (
 )
 """How files begin that are often mistaken for safetensors; compared without regard to case."""
 
+UNPICKLED = "get the .safetensors of it, or convert it as docs/formats.md shows; pickles are never opened here"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -116,7 +118,9 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
     begin = head.lstrip().lower()
     for signature, name in LOOKS_LIKE:
         if head.startswith(signature) or begin.startswith(signature.lower()):
-            fix = "get the .safetensors of it; pickles are never opened here" if "pickle" in name else "download it again"
+            if "pickle" in name and b"string_to_param" in head:
+                name = "a token trained with A1111, in a Python pickle"
+            fix = UNPICKLED if "pickle" in name else "download it again"
             raise DeltaError(f"{path}: this is {name}", expected="a safetensors file", fix=fix)
     if brace and length <= MAX_HEADER:
         raise _damaged(path, f"the header should have {length} bytes and the whole file has {size}", "a whole file")
