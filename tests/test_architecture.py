@@ -31,6 +31,7 @@ NOUNS = (
     "words",
     "desk",
     "folders",
+    "digests",
 )
 ROOMS = ("deltas", "families", "sides", "scores")
 LAYERS = (

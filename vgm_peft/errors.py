@@ -31,7 +31,13 @@ class DataError(VgmError):
 
 
 class DeltaError(VgmError):
-    """A delta that does not fit: file damaged, tensors left over, another family, an impossible rank or factor."""
+    """A delta that does not fit: file damaged, tensors left over, another family, an impossible rank or factor.
+
+    What a stranger's file says of itself may stand in it, so it is one line of printable letters whatever it is given.
+    """
+
+    def __init__(self, what: str, *, expected: str = "", fix: str = "") -> None:
+        super().__init__(_printable(what), expected=_printable(expected), fix=_printable(fix))
 
 
 class BaseModelError(VgmError):
@@ -44,6 +50,13 @@ class SaveError(VgmError):
 
 class TrainError(VgmError):
     """A run that went wrong: not finite, nothing learned, a folder already in use, a checkpoint that does not belong."""
+
+
+def _printable(text: str) -> str:
+    """Return a text with line feeds, control characters, reversed writing and half letters spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:

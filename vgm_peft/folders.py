@@ -1,4 +1,5 @@
-"""Folders of models: what of a stranger's folder may be loaded, how one comes from the hub, and how ours are written.
+"""Folders of models: what of a stranger's folder may be loaded, how one comes from the hub, and how ours are written;
+and the user's own, where we may keep what can be made again.
 
 Nothing is loaded that could carry code: weights are safetensors, configurations are JSON that names only classes of
 diffusers and transformers. The checks come before the first import of anything a folder names.
@@ -26,6 +27,12 @@ CONVERT = (
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LARGEST_JSON = 1 << 24
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder for this package (`XDG_CACHE_HOME`, else `~/.cache`)."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path(os.path.expanduser("~")) / ".cache") / "vgm_peft"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -141,6 +141,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, object]:
 
     try:
         table: object = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        if b"\\ud" in raw.lower():  # half a letter by its number, which is no text: nothing could write or show it again
+            json.dumps(table, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"the header cannot be read ({error})", "JSON without duplicate names") from None
     if not isinstance(table, dict):

@@ -6,11 +6,9 @@ other things come from those that the untouched base draws (`drift`)? A new scor
 `scores/__init__.py`.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
@@ -83,12 +81,3 @@ def distance(ours: "Tensor", theirs: "Tensor") -> float:
     """Return the mean over pictures (B, P, Q, 3) uint8 of the root mean square difference of pixels, 0 .. 1."""
     apart = (ours.float() - theirs.float()).div(255).square().flatten(1).mean(1).sqrt()
     return float(apart.mean())
-
-
-def digest_of(files: Iterable[Path]) -> str:
-    """SHA-256 over the SHA-256 of files, in order."""
-    total = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()

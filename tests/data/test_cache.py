@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vgm_peft.data.cache import Cache, default_root, key_of
+from vgm_peft.data.cache import Cache, key_of
+from vgm_peft.folders import cache_folder
 
 VALUES = {"mean": torch.arange(12.0).view(3, 4), "half": torch.ones(2, dtype=torch.bfloat16), "none": torch.zeros(0)}
 
@@ -121,12 +122,12 @@ def test_a_cache_that_is_off_touches_nothing(tmp_path: Path) -> None:
 
 
 def test_the_default_place_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert Cache().root == default_root()
+    assert Cache().root == cache_folder()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_root() == tmp_path / "vgm_peft"
+    assert cache_folder() == tmp_path / "vgm_peft"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says the XDG specification
     monkeypatch.setenv("HOME", "/home/someone")
-    assert default_root() == Path("/home/someone/.cache/vgm_peft")
+    assert cache_folder() == Path("/home/someone/.cache/vgm_peft")
 
 
 WRITER = """

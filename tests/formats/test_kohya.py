@@ -318,7 +318,7 @@ def outside(stored: dict[str, Tensor]) -> None:
         (unknown_suffix, "no method here reads .*soft_scale"),
         (no_up, "no method here reads"),
         (not_finite, "not finite"),
-        (alpha_not_finite, "not finite"),
+        (alpha_not_finite, "is nan; expected one number"),
         (transposed, "do not multiply|base it was trained on"),
         (outside, "are no delta's"),
     ),

@@ -1,6 +1,5 @@
 """Which runs a comparison has, the configuration of each, and where its record lies."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vgm_peft.config import Table, merge
+from vgm_peft.digests import digest_of_files
 from vgm_peft.errors import ConfigError
 from vgm_peft.families import toybox_folder
 from vgm_peft.toybox.cast import subject_named
@@ -18,7 +18,6 @@ from vgm_peft.train.durable import write_text
 from vgm_peft.train.limits import within
 from vgm_peft.train.origin import differences, origin
 from vgm_peft.train.recipes import resolve
-from vgm_peft.train.seal import digest_of_file
 
 Record = Mapping[str, Any]
 
@@ -143,4 +142,4 @@ class Trial:
 def _base_digest() -> str:
     """SHA-256 over the embedded base's weights: scores of another one are no part of the comparison."""
     weights = sorted(toybox_folder().rglob("*.safetensors"))
-    return hashlib.sha256("".join(map(digest_of_file, weights)).encode()).hexdigest()
+    return digest_of_files(weights)

@@ -21,18 +21,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vgm_peft.data.space import Space
+from vgm_peft.folders import cache_folder
 
 CODE_VERSION = 1
 """Raised by hand whenever the same inputs come to mean other values."""
 
 _log = logging.getLogger(__name__)
 _CHECKSUM = "sha256"
-
-
-def default_root() -> Path:
-    """Return the user's cache folder for this package (`XDG_CACHE_HOME`, else `~/.cache`)."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if os.path.isabs(home) else Path(os.path.expanduser("~")) / ".cache") / "vgm_peft"
 
 
 def key_of(kind: str, *parts: str | bytes | int) -> str:
@@ -54,7 +49,7 @@ class Cache:
 
         `gib` is the largest size in GiB; left out, what the environment says (`VGM_CACHE_GIB`), else `space.GIB`.
         """
-        self.root = default_root() if root is None else root
+        self.root = cache_folder() if root is None else root
         self.notes: list[str] = []
         self._readable = self._writable = enabled
         self._space = Space(self.root, gib)

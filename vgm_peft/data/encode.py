@@ -8,6 +8,7 @@ bit, and then what a run learns would depend on which of its pictures happened t
 import hashlib
 import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as once
@@ -22,6 +23,7 @@ from vgm_peft.data.buckets import Crop, Sizes, load_pixels
 from vgm_peft.data.cache import Cache, key_of, update_with
 from vgm_peft.data.faults import Tell
 from vgm_peft.data.report import Example
+from vgm_peft.digests import THREADS
 from vgm_peft.errors import BaseModelError
 from vgm_peft.family import Base, Condition, Posterior
 
@@ -100,9 +102,14 @@ def encode_prompts(base: Base, captions: Iterable[str], cache: Cache) -> dict[st
 
 def digest_of(module: nn.Module) -> str:
     """Return SHA-256 over a module's weights and buffers, by name, and over its configuration."""
-    digest = hashlib.sha256(_settings(getattr(module, "config", None)).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        update_with(digest, name, tensor)
+    with ThreadPoolExecutor(THREADS) as pool:  # what is in memory may have been changed there, so no file's digest will do
+        own = pool.map(_digest_of_tensor, sorted(module.state_dict().items()))
+        return hashlib.sha256("".join((_settings(getattr(module, "config", None)), *own)).encode()).hexdigest()
+
+
+def _digest_of_tensor(named: tuple[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    update_with(digest, *named)
     return digest.hexdigest()
 
 

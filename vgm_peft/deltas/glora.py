@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from vgm_peft.delta import Call, Patch, seeded
 from vgm_peft.deltas.dropout import check_shares, hide_inputs, hide_ranks
-from vgm_peft.deltas.thin import add_product, add_wide, check_scale, narrow
+from vgm_peft.deltas.thin import add_product, add_wide, check_scale, narrow, sketch
 from vgm_peft.errors import DeltaError
 from vgm_peft.site import Site
 
@@ -143,15 +143,19 @@ class Glora(Patch):
             raise DeltaError(
                 f"{site}: these are not the tensors of a GLoRA", fix="use the delta with the base it was trained on"
             )
-        patch = cls(site, GloraOptions(rank=rank, alpha=float(alpha) or None))
+        options = GloraOptions(rank=rank, alpha=float(alpha) or None)
+        shapes = sketch(cls, site, options)
         for name in FACTORS:
-            ours, theirs = getattr(patch, name), tensors[f"{name}.weight"]
+            ours, theirs = getattr(shapes, name), tensors[f"{name}.weight"]
             if theirs.shape[:2] != ours.shape[:2] or theirs.numel() != ours.numel():
                 raise DeltaError(
                     f"{site}: {name}.weight is {'x'.join(map(str, theirs.shape))}",
                     expected="x".join(map(str, ours.shape)),
                     fix="use the delta with the base it was trained on (files in LyCORIS' old order are not read)",
                 )
-            with torch.no_grad():
-                ours.copy_(theirs.reshape(ours.shape))
+        patch = cls(site, options)
+        with torch.no_grad():
+            for name in FACTORS:
+                ours = getattr(patch, name)
+                ours.copy_(tensors[f"{name}.weight"].reshape(ours.shape))
         return patch

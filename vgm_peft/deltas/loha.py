@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vgm_peft.delta import Call, seeded
 from vgm_peft.deltas.decomposed import SCALE, Axis, Decomposable, check_axis, read_scale
 from vgm_peft.deltas.dropout import check_shares
-from vgm_peft.deltas.thin import add_wide, check_rank, check_scale, narrow, widen
+from vgm_peft.deltas.thin import add_wide, check_rank, check_scale, narrow, sketch, widen
 from vgm_peft.errors import DeltaError
 from vgm_peft.site import Site
 
@@ -166,20 +166,24 @@ class Loha(Decomposable):
         alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0
         axis, g = read_scale(site, tensors[SCALE]) if SCALE in tensors and site.op in cls.ops else (None, None)
         options = LohaOptions(rank=max(rank, 1), alpha=alpha or None, tucker=tucker, decompose=axis, absolute=axis is not None)
-        patch = cls(site, options) if site.op in cls.ops else None
+        shapes = dict(sketch(cls, site, options).named_parameters()) if site.op in cls.ops else {}
+        found: dict[str, Tensor] = {}
         for name in sorted(names):
             up, half = name.endswith("_a"), name[6]
-            mine = None if patch is None else patch.get_parameter(f"{'core' if 't' in name else 'up' if up else 'down'}{half}")
-            found = tensors[name].t() if tucker and up and tensors[name].dim() == 2 else tensors[name]
-            if mine is None or mine.numel() != found.numel() or mine.shape[0] != found.shape[0]:
+            own = f"{'core' if 't' in name else 'up' if up else 'down'}{half}"
+            mine = shapes.get(own)
+            found[own] = tensors[name].t() if tucker and up and tensors[name].dim() == 2 else tensors[name]
+            if mine is None or mine.numel() != found[own].numel() or mine.shape[0] != found[own].shape[0]:
                 raise DeltaError(
                     f"{site}: {name} {tuple(tensors[name].shape)} is no factor of its weight",
                     fix="use the delta with the base it was trained on",
                 )
-            with torch.no_grad():
-                mine.copy_(found.reshape(mine.shape))
-        if patch is not None:
-            patch.take_magnitude(g)
+        patch = cls(site, options)
+        with torch.no_grad():
+            for own, tensor in found.items():
+                mine = patch.get_parameter(own)
+                mine.copy_(tensor.reshape(mine.shape))
+        patch.take_magnitude(g)
         return patch
 
 

@@ -29,7 +29,7 @@ from vgm_peft.deltas.decomposed import SCALE, Axis, Decomposable, check_axis, re
 from vgm_peft.deltas.divisors import divisor, split
 from vgm_peft.deltas.dropout import check_shares
 from vgm_peft.deltas.kronecker import Kronecker, kron
-from vgm_peft.deltas.thin import check_scale
+from vgm_peft.deltas.thin import check_product, check_scale, sketch
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Site
 
@@ -200,6 +200,8 @@ class Lokr(Decomposable):
     @classmethod
     def _read(cls, site: Site, given: dict[str, Tensor]) -> Self:
         """Make the patch of a file's factors, their names without `lokr_`. Raises errors of torch where they do not fit."""
+        if "w1" not in given:
+            check_product(site, len(given["w1_a"]), given["w1_b"].shape[-1])
         left = given["w1"] if "w1" in given else given["w1_a"] @ given["w1_b"]
         rank = next((len(given[name]) for name in ("w2_b", "w1_b") if name in given), 1)
         # Two low ranks that differ: w1 in full means the same.
@@ -208,29 +210,29 @@ class Lokr(Decomposable):
         tucker = "t2" in given
         axis, g = read_scale(site, given[SCALE]) if SCALE in given else (None, None)
         last = given["w2_a"].t() if tucker else given.get("w2_a")
-        patch = cls(
-            site,
-            LokrOptions(
-                rank=rank,
-                alpha=alpha or None,
-                decompose_both=both,
-                full_matrix=last is None,
-                tucker=tucker,
-                o1=left.shape[0],
-                i1=left.shape[1],
-                decompose=axis,
-                absolute=axis is not None,
-            ),
+        options = LokrOptions(
+            rank=rank,
+            alpha=alpha or None,
+            decompose_both=both,
+            full_matrix=last is None,
+            tucker=tucker,
+            o1=left.shape[0],
+            i1=left.shape[1],
+            decompose=axis,
+            absolute=axis is not None,
         )
         values = {"w1a": given["w1_a"], "w1b": given["w1_b"]} if both else {"w1": left}
         values |= {"w2": given["w2"]} if last is None else {"w2a": last, "w2b": given["w2_b"]}
         values |= {"core": given["t2"]} if tucker else {}
-        patch.take_magnitude(g)
-        for name, parameter in ((n, p) for n, p in patch.named_parameters() if n != "magnitude"):
-            if values[name].shape[0] != parameter.shape[0]:
+        for name, parameter in sketch(cls, site, options).named_parameters():
+            if name != "magnitude" and (len(values[name]), values[name].numel()) != (len(parameter), parameter.numel()):
                 raise ValueError(name)
-            with torch.no_grad():
-                parameter.copy_(values[name].reshape(parameter.shape))
+        patch = cls(site, options)
+        patch.take_magnitude(g)
+        with torch.no_grad():
+            for name, value in values.items():
+                parameter = patch.get_parameter(name)
+                parameter.copy_(value.reshape(parameter.shape))
         return patch
 
 

@@ -75,7 +75,9 @@ class Lora(LowRank):
         spelled = read_pair(site, tensors)
         if spelled is None:
             return None
-        return cls(site, LoraOptions(rank=spelled.options.rank, alpha=spelled.options.alpha)).take(spelled)
+        with torch.device("meta"):  # no initial values, which would take longer to draw than the file's to read
+            patch = cls(site, LoraOptions(rank=spelled.options.rank, alpha=spelled.options.alpha))
+        return patch.take(spelled)
 
     def extra_groups(self) -> Mapping[str, float]:
         """LoRA+: `up` learns `plus` times faster."""

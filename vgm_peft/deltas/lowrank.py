@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vgm_peft.delta import Call, Patch, seeded
 from vgm_peft.deltas.dropout import check_shares, hide_inputs, hide_ranks
-from vgm_peft.deltas.thin import add_wide, check_rank, check_scale, narrow, widen
+from vgm_peft.deltas.thin import add_wide, check_product, check_rank, check_scale, narrow, widen
 from vgm_peft.errors import DeltaError
 from vgm_peft.site import Op, Site
 
@@ -140,11 +140,14 @@ class LowRank(Patch):
         }
 
     def take(self, spelled: Spelled) -> Self:
-        """Set the two factors to those of a file, and return self."""
-        with torch.no_grad():
-            self.down.copy_(spelled.down)
-            self.up.copy_(spelled.up)
+        """Set the two factors to those of a file, in the dtype of this patch, and return self; one on meta gets its memory."""
+        self.down, self.up = _filled(self.down, spelled.down), _filled(self.up, spelled.up)
         return self
+
+
+def _filled(own: nn.Parameter, values: Tensor) -> nn.Parameter:
+    memory = torch.empty(own.shape, dtype=own.dtype, device="cpu" if own.is_meta else own.device)
+    return nn.Parameter(memory.copy_(values.detach()), own.requires_grad)
 
 
 def read_pair(site: Site, tensors: Mapping[str, Tensor], others: frozenset[str] = frozenset()) -> Spelled | None:
@@ -158,6 +161,7 @@ def read_pair(site: Site, tensors: Mapping[str, Tensor], others: frozenset[str] 
     down, up, alpha = tensors[DOWN], tensors[UP], tensors.get(ALPHA, torch.zeros(()))
     if MID in tensors and min(down.dim(), tensors[MID].dim()) > 1 and tensors[MID].shape[1] == down.numel() // down.shape[1]:
         mid = tensors[MID].float()
+        check_product(site, len(mid), mid[0, 0].numel() * down.shape[1])
         down = torch.einsum("mn...,ni->mi...", mid, down.flatten(1).float())
     rank = down.shape[0] if down.dim() else 0
     fits = down.shape[1:2] == site.shape[1:2] and down.numel() == rank * site.columns

@@ -3,15 +3,19 @@
 Mathematics for the methods of this room whose dW, or a part of it, is `up @ down`. Letters: `R` rank, `O` outputs, `I` inputs.
 """
 
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vgm_peft.delta import convolve
+from vgm_peft.delta import Patch, convolve
 from vgm_peft.errors import ConfigError, DeltaError
 from vgm_peft.site import Site
+
+M = TypeVar("M", bound=Patch)
+LARGEST_PRODUCT = 2**26
+"""Values of a factor that has to be multiplied out while a file is read; those of SDXL have some 2**22."""
 
 
 def check_scale(rank: int, alpha: float | None) -> None:
@@ -31,6 +35,18 @@ def check_rank(site: Site, rank: int) -> None:
             expected=f"1 .. {limit}, the smaller side of its {site.rows}x{site.columns} matrix",
             fix="lower the rank or leave the layer out of the targets",
         )
+
+
+def sketch(method: type[M], site: Site, options: Any) -> M:
+    """Return a patch without memory for its values: what shapes it has, before a stranger's file makes it allocate them."""
+    with torch.device("meta"):
+        return method(site, options)
+
+
+def check_product(site: Site, rows: int, columns: int) -> None:
+    """Raise `DeltaError` for a product of two thin factors of a file that would take more memory than any layer's does."""
+    if rows * columns > LARGEST_PRODUCT:
+        raise DeltaError(f"{site}: its factors multiply to {rows}x{columns}", expected=f"{LARGEST_PRODUCT} values at most")
 
 
 def narrow(x: Tensor, down: Tensor, layer: nn.Module) -> Tensor:

@@ -72,8 +72,8 @@ def load(
     """Load a base model, frozen and in evaluation mode.
 
     `source` is `toybox` (the embedded base), a folder in diffusers' layout, a single `.safetensors` checkpoint in the
-    original layout, or a hub id. `digest` names the exact files by SHA-256 (a few seconds for a large base, once in a
-    process). Raises `BaseModelError` when it cannot be found, read, recognised, or would bring code of its own.
+    original layout, or a hub id. `digest` names the exact files by SHA-256 (a few seconds for a large base, once while it
+    stays the same). Raises `BaseModelError` when it cannot be found, read, recognised, or would bring code of its own.
     """
     return load_base(TABLE, source, dtype, device, digest)
 

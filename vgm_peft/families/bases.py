@@ -4,7 +4,6 @@ All four end in the same place: a stock text-to-image pipeline of a known family
 only. Whatever a folder or file says of itself is checked before any class that it names is touched.
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from vgm_peft.digests import digest_of_files
 from vgm_peft.errors import BaseModelError
 from vgm_peft.families.index import family_of_folder, family_of_index
 from vgm_peft.families.original import load_file
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 TOYBOX = "toybox"
 SAMPLING = "sampling.json"
 """In a diffusers folder: how this base draws best, `{"guidance": 2.0}`. Ours to write and read; others pass it over."""
-_digests: dict[tuple[str, int, int], str] = {}
 
 
 def toybox_folder() -> Path:
@@ -61,7 +60,7 @@ def load_base(
         raise BaseModelError(f"{name}: a {type(pipe).__name__} of another make", expected="one of " + ", ".join(families))
     if torch.device(device) != pipe.device:  # diffusers scolds any move of a float16 pipeline to the CPU
         pipe.to(device)
-    base = Base(pipe, family, name, _digest(files) if digest else "", guidance)
+    base = Base(pipe, family, name, digest_of_files(files) if digest else "", guidance)
     channels = cast(Any, base.denoiser).config.in_channels
     if channels != cast(Any, pipe).vae.config.latent_channels:
         raise BaseModelError(
@@ -152,16 +151,3 @@ def _loaded_files(pipe: "DiffusionPipeline", folder: Path) -> list[Path]:
             if kept:
                 files.append(path)
     return files
-
-
-def _digest(files: list[Path]) -> str:
-    """SHA-256 over the files' own SHA-256, in order; each file is read once in a process, as long as it does not change."""
-    total = hashlib.sha256()
-    for path in files:
-        stat = path.stat()
-        key = (str(path), stat.st_size, stat.st_mtime_ns)
-        if key not in _digests:
-            with path.open("rb") as stream:
-                _digests[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-        total.update(_digests[key].encode())
-    return total.hexdigest()

@@ -26,7 +26,7 @@ from vgm_peft.errors import DeltaError
 from vgm_peft.family import Base, Place
 from vgm_peft.formats import foreign
 from vgm_peft.formats.books import Book, assemble, choose_book
-from vgm_peft.formats.canonical import read_tensors
+from vgm_peft.formats.canonical import read_values
 from vgm_peft.formats.format import Format
 from vgm_peft.formats.names import ALPHA, DOWN, MAGNITUDE, UP, by_module, cut
 from vgm_peft.formats.peft_folder import spell
@@ -53,7 +53,7 @@ def read(header: Header, base: Base | None = None) -> Delta:
     """Read an adapter. Raises `DeltaError` when one tensor is not understood, or its kind is none of ours."""
     config = header.path.parent / CONFIG
     if not config.is_file():
-        if all(ALPHA in tensors for tensors in by_module(dict.fromkeys(header.tensors, torch.zeros(())), header).values()):
+        if all(ALPHA in tensors for tensors in by_module(dict.fromkeys(header.tensors, torch.zeros(1, 1)), header).values()):
             return foreign.read(header, base)
         raise DeltaError(
             f"{header.path}: a peft adapter ({listed(list(header.tensors))}) whose alpha is in its {CONFIG}",
@@ -94,7 +94,7 @@ class _Adapter:
 
     def read(self, kind: "_Kind") -> Delta:
         """Make the delta, its modules translated by their kind."""
-        tensors = read_tensors(self.header)
+        tensors = read_values(self.header)
         inner = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
         shared = {name: inner.pop(name) for name in [n for n in inner if n.startswith(ROOT)]}
         values = {name: tensor for name, tensor in inner.items() if cut(name) is None and name.endswith(VALUES)}

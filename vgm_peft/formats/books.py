@@ -57,6 +57,8 @@ class Book:
         shape = None if known is None or self.loaded else shape_of(tensors, known.shape)
         if known is None or shape is None:
             return known
+        if len(shape) not in ((2, 3, 4, 5) if known.op in ("linear", "conv") else (len(known.shape),)):
+            return None
         op = known.op if known.op not in ("linear", "conv") else "conv" if len(shape) > 2 else "linear"
         return Site(known.part, known.module, op, shape, known.tensor)
 

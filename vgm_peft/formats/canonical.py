@@ -24,7 +24,7 @@ from torch import Tensor
 from vgm_peft.errors import DeltaError, SaveError
 from vgm_peft.header import SIZES, Header, open_header, open_plain, shown
 
-__all__ = ["bytes_of", "data_digest", "header_of", "open_header", "read_tensor", "read_tensors", "save_file"]
+__all__ = ["bytes_of", "data_digest", "header_of", "open_header", "read_tensor", "read_tensors", "read_values", "save_file"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -44,6 +44,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -85,6 +86,20 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
     """Read all tensors of a file whose header was read, into memory of their own."""
     with open_plain(header.path) as file:
         return {name: _read(file, header, name) for name in header.tensors}
+
+
+def read_values(header: Header) -> dict[str, Tensor]:
+    """As `read_tensors`, for a file by strangers, whose tensors must hold something: real numbers.
+
+    Eight-bit floats come as float16, which holds each of them exactly and which torch can calculate with. Raises
+    `DeltaError` for an axis of length 0 and for complex numbers, which would lose their imaginary half.
+    """
+    for name, entry in header.tensors.items():
+        if entry.dtype == "C64" or not prod(entry.shape):
+            found = f"{entry.dtype} {'x'.join(map(str, entry.shape))}"
+            raise DeltaError(f"{header.path}: tensor {shown(name)} is {found}", expected="real numbers, at least one")
+    tensors = read_tensors(header)
+    return {name: tensor.half() if header.tensors[name].dtype in EIGHT_BITS else tensor for name, tensor in tensors.items()}
 
 
 def read_tensor(header: Header, name: str) -> Tensor:

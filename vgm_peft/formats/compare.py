@@ -1,6 +1,7 @@
 """Is what was written what was meant? Two deltas compared by the change they make, the only thing that counts."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -50,13 +51,13 @@ def _is_zero(patch: Patch, base: Base | None) -> bool:
 
 
 def _check_dense(patch: Patch, copy: Patch, base: Base | None, bound: float, dtype: torch.dtype | None) -> None:
-    wanted, found = (change(p, base).to("cpu", torch.float32) for p in (patch, copy))
+    wanted, found = (change(_wide(p), base).to("cpu", torch.float32) for p in (patch, copy))
     if wanted.shape != found.shape:
         raise DeltaError(
             f"{patch.site}: this spelling of {patch.kind} does not tell the layer's shape: it reads as {tuple(found.shape)}",
             fix="name the base with --base",
         )
-    error, largest = float((wanted - found).abs().max()), float(wanted.abs().max())
+    error, largest = _largest(wanted - found), _largest(wanted)
     if not error <= bound * largest:
         raise DeltaError(
             f"{patch.site}: the written change differs by {error:.3g} of {largest:.3g}",
@@ -70,16 +71,34 @@ def _same_spelling(patch: Patch, copy: Patch, base: Base | None, bound: float) -
     ours, theirs = (_spelled(p, base) for p in (patch, copy))
     if {n: t.shape for n, t in ours.items()} != {n: t.shape for n, t in theirs.items()}:
         return False
-    return all(float((ours[n] - theirs[n]).abs().max()) <= bound * float(ours[n].abs().max()) for n in ours)
+    return all(_largest(ours[n] - theirs[n]) <= bound * _largest(ours[n]) for n in ours)
 
 
 def _spelled(patch: Patch, base: Base | None) -> dict[str, Tensor]:
-    packed = {name: tensor.to("cpu", torch.float64) for name, tensor in pack(patch, base).items()}
+    packed = {name: tensor.to("cpu", _exactly(tensor.dtype)) for name, tensor in pack(patch, base).items()}
     up, alpha = packed.get("lora_up.weight"), packed.get("alpha")
     if up is not None and alpha is not None:
-        packed["lora_up.weight"] = up * (alpha / up.shape[1])
+        scale = float(alpha) / up.shape[1]
+        packed["lora_up.weight"] = up if scale == 1.0 else up * scale
         del packed["alpha"]
     return packed
+
+
+def _exactly(dtype: torch.dtype) -> torch.dtype:
+    """Return a dtype that holds all values of another, and sums of them to far below the bounds."""
+    return torch.float32 if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float64
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest magnitude; not a number where any value is none."""
+    low, high = tensor.aminmax()
+    return max(-float(low), float(high))
+
+
+def _wide(patch: Patch) -> Patch:
+    """Return a patch of half precision as one of float32: a CPU takes ten times as long to multiply halves, and rounds more."""
+    halves = any(p.dtype in (torch.float16, torch.bfloat16) for p in patch.parameters())
+    return deepcopy(patch).float() if halves else patch
 
 
 @torch.no_grad()

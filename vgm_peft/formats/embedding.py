@@ -20,7 +20,7 @@ from vgm_peft.errors import DeltaError
 from vgm_peft.families import KNOWN, TABLE, naming_of
 from vgm_peft.family import Base
 from vgm_peft.formats.books import Book, book_of, books
-from vgm_peft.formats.canonical import read_tensors
+from vgm_peft.formats.canonical import read_values
 from vgm_peft.formats.format import Format, Parcel
 from vgm_peft.header import Header, listed, shown
 
@@ -43,7 +43,7 @@ def recognises(header: Header) -> bool:
 
 def read(header: Header, base: Base | None = None) -> Delta:
     """Read one token's rows. The token is what the file says, else the tensor's name, else the file's."""
-    tensors = read_tensors(header)
+    tensors = read_values(header)
     name = next(iter(tensors))
     named = name if len(tensors) == 1 and name not in (*LONE, *ENCODERS) else header.path.stem
     token = header.metadata.get(TOKEN, named)
@@ -53,6 +53,8 @@ def read(header: Header, base: Base | None = None) -> Delta:
 
 def word_of(token: str, tensors: Mapping[str, Tensor], book: Book, where: str) -> Word:
     """Make a token of a file's rows for each text encoder. Raises `DeltaError` when they are not as many as `book` has."""
+    if not token or any(rows.dim() not in (1, 2) for rows in tensors.values()):
+        raise DeltaError(f"{where}: {shown(token)} has no name or no rows", expected="(vectors, width) for every text encoder")
     stacks = _stacks(tensors)
     if len({len(rows) for rows in stacks}) != 1 or not all(bool(torch.isfinite(rows).all()) for rows in stacks):
         raise DeltaError(f"{where}: the rows of {shown(token)} are not finite or differ in number between encoders")

@@ -19,7 +19,7 @@ from vgm_peft.delta import Delta
 from vgm_peft.family import Base
 from vgm_peft.formats import bundled
 from vgm_peft.formats.books import Reading, assemble, choose_book
-from vgm_peft.formats.canonical import read_tensors
+from vgm_peft.formats.canonical import read_values
 from vgm_peft.formats.names import ALPHA, BIAS, BUNDLED, DOWN, FLAT, by_module, cut
 from vgm_peft.formats.placing import place, without_empty_ranks
 from vgm_peft.formats.settings import Settings, parse
@@ -44,7 +44,7 @@ def is_dotted(header: Header) -> bool:
 def read(header: Header, base: Base | None = None) -> Delta:
     """Read a file of any of these tools. Raises `DeltaError` when one tensor is not understood."""
     where = str(header.path)
-    tensors = read_tensors(header)
+    tensors = read_values(header)
     tokens = {name: tensor for name, tensor in tensors.items() if name.startswith(BUNDLED)}
     named = by_module({name: tensor for name, tensor in tensors.items() if name not in tokens}, header)
     if not named:

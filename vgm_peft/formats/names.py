@@ -18,6 +18,8 @@ UP, DOWN, MID, ALPHA = "lora_up.weight", "lora_down.weight", "lora_mid.weight", 
 MAGNITUDE, BIAS = "dora_scale", "lora_up.bias"
 BUNDLED = "bundle_emb."
 """Before the rows of a token that travels in a file of weights."""
+LARGEST_ALPHA = 1e9
+"""No tool writes a larger one; with it values would overflow far from here."""
 FLAT = ("lora_", "lycoris_", "oft_unet_", "oft_te")
 """How names begin whose modules have no dots."""
 
@@ -72,6 +74,11 @@ def by_module(tensors: Mapping[str, Tensor], header: Header) -> dict[str, Suffix
     for name, tensor in tensors.items():
         module, suffix = cut(name) or (name, "")
         if suffix in named.setdefault(module, {}):
-            raise DeltaError(f"{header.path}: {shown(module)} has two tensors for {suffix}", expected="one")
+            raise DeltaError(f"{header.path}: {shown(module)} has two tensors for {shown(suffix)}", expected="one")
+        if suffix in (UP, DOWN, MID) and tensor.dim() < 2:
+            raise DeltaError(f"{header.path}: {shown(name)} has {tensor.dim()} axes", expected="2 or more")
+        if suffix == ALPHA and not (tensor.numel() == 1 and abs(float(tensor)) <= LARGEST_ALPHA):
+            found = f"{float(tensor):.6g}" if tensor.numel() == 1 else f"{tensor.numel()} numbers"
+            raise DeltaError(f"{header.path}: {shown(name)} is {found}", expected=f"one number up to {LARGEST_ALPHA:.0e}")
         named[module][suffix] = tensor.flatten() if suffix == MAGNITUDE and "magnitude" in name else tensor
     return named

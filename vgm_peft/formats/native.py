@@ -26,6 +26,7 @@ from vgm_peft import config
 from vgm_peft.delta import Delta, Patch, Word
 from vgm_peft.deltas import method_named
 from vgm_peft.errors import ConfigError, DeltaError
+from vgm_peft.families import KNOWN
 from vgm_peft.family import Base
 from vgm_peft.formats.canonical import read_tensors
 from vgm_peft.formats.format import Format, Parcel
@@ -35,6 +36,10 @@ from vgm_peft.site import Op, Site
 
 VERSION = "1"
 PREFIX = "vgm_peft."
+AXES: Mapping[str, tuple[int, ...]] = {"linear": (2,), "embedding": (2,), "conv": (3, 4, 5)}
+"""How many axes a tensor has that is not a normalisation's or a bias."""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What can be trained in."""
 
 
 def recognises(header: Header) -> bool:
@@ -100,14 +105,17 @@ def read(header: Header, base: Base | None = None) -> Delta:
     except (KeyError, TypeError, ValueError) as error:
         raise DeltaError(f"{where}: damaged: the list of patches cannot be read ({error})", fix="save it again") from None
     order = cast("list[str]", _table(header, "order", list, list(patches)))
-    if sorted(order) != sorted(patches):
+    if sorted(map(str, order)) != sorted(patches):
         raise DeltaError(f"{where}: damaged: the order of patches names others than there are", fix="save it again")
     words = _words(header, shelves)
     if shelves:
         left = [f"{shelf}/{key}" for shelf, tensors in shelves.items() for key in tensors]
         raise DeltaError(f"{where}: {len(left)} tensors belong to nothing ({listed(left)})", expected="none left over")
     metadata = {key: value for key, value in header.metadata.items() if not key.startswith(PREFIX)}
-    return Delta(header.metadata.get(f"{PREFIX}family", ""), {name: patches[name] for name in order}, words, metadata)
+    family = header.metadata.get(f"{PREFIX}family", "")
+    if family not in KNOWN:
+        raise DeltaError(f"{where}: a delta of the family {shown(family)}", expected="one of " + ", ".join(KNOWN))
+    return Delta(family, {name: patches[name] for name in order}, words, metadata)
 
 
 def _table(header: Header, key: str, kind: type, default: object = None) -> object:
@@ -129,22 +137,31 @@ def _patches(group: Mapping[str, Any], shelves: dict[str, Suffixes], where: Path
         method = method_named(group["kind"])
         options = config.build(method.Options, group["options"], f"{group['kind']}: ")
     except ConfigError as error:
-        raise DeltaError(f"{where}: {error}", fix="update vgm_peft, or use the version that wrote it") from None
+        raise DeltaError(f"{where}: {str(error)[:200]}", fix="update vgm_peft, or use the version that wrote it") from None
     sites = [_site(place) for place in group["sites"]]
     return [_restore(method, options, site, shelves.pop(site.name, {}), where) for site in sites]
 
 
 def _site(place: list[Any]) -> Site:
     part, module, op, shape, tensor = place
-    if op not in get_args(Op) or tensor not in ("weight", "bias") or not all(type(n) is int and 0 < n < 2**24 for n in shape):
+    sound = op in get_args(Op) and tensor in ("weight", "bias") and isinstance(shape, list)
+    if not sound or not all(type(n) is int and 0 < n < 2**24 for n in shape) or len(shape) not in AXES.get(op, (1,)):
         raise ValueError(f"no site: {shown(str(place))}")
     return Site(str(part), str(module), op, tuple(shape), tensor)
 
 
 def _restore(method: type[Patch], options: object, site: Site, stored: Suffixes, where: Path) -> Patch:
-    with torch.device("meta"):  # no memory for initial values, whatever size the file claims
-        patch = method(site, options)
+    try:
+        with torch.device("meta"):  # no memory for initial values, whatever size the file claims
+            patch = method(site, options) if site.op in method.ops else None
+    except (DeltaError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # sizes beyond torch's own
+        raise DeltaError(f"{where}: no {method.kind} has the options that stand there ({str(error)[:200]})") from None
+    if patch is None:
+        raise DeltaError(f"{where}: {shown(str(site))} cannot be changed by {method.kind}", expected=" or ".join(method.ops))
     wanted = patch.state_dict()
+    odd = [key for key, value in stored.items() if value.dtype not in DTYPES]
+    if odd:
+        raise DeltaError(f"{where}: tensor {shown(f'{site.name}/{odd[0]}')} is of {stored[odd[0]].dtype}", expected="floats")
     wrong = {*wanted} ^ {*stored} | {key for key in {*wanted} & {*stored} if wanted[key].shape != stored[key].shape}
     for key in sorted(wrong):
         found, expected = (_spell_shape(table.get(key)) for table in (stored, wanted))
@@ -163,12 +180,20 @@ def _words(header: Header, shelves: dict[str, Suffixes]) -> dict[str, Word]:
     tokens = cast("list[object]", _table(header, "words", list, []))
     leads = cast("list[object]", _table(header, "leads", list, []))
     words: dict[str, Word] = {}
+    if len({str(token) for token in tokens}) != len(tokens) or any(token not in tokens for token in leads):
+        raise DeltaError(f"{header.path}: damaged: a word is there twice, or leads and is not there", fix="save it again")
     for number, token in enumerate(tokens):
         rows = shelves.pop(f"word/{number}", {})
-        if not isinstance(token, str) or {r.dim() for r in rows.values()} not in ({2}, {3}):
+        if not isinstance(token, str) or not token or not _are_rows(list(rows.values())):
             raise DeltaError(f"{header.path}: damaged: the rows of word {number} are missing or no rows", fix="save it again")
         words[token] = Word(token, rows, leads=token in leads)
     return words
+
+
+def _are_rows(stacks: list[Tensor]) -> bool:
+    """Say whether these are a word's rows for each text encoder: (vectors, width) or (layers, vectors, width), as many each."""
+    sound = all(r.dim() in (2, 3) and r.numel() and r.dtype in DTYPES for r in stacks)
+    return sound and len({r.shape[:-1] for r in stacks}) == 1
 
 
 FORMAT = Format("native", "vgm_peft: every kind of delta, exactly", recognises, read, spell)

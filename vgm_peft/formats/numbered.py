@@ -19,7 +19,7 @@ from vgm_peft.families import TABLE
 from vgm_peft.family import Base, Place
 from vgm_peft.formats import embedding
 from vgm_peft.formats.books import Book, assemble, book_of, books
-from vgm_peft.formats.canonical import read_tensors
+from vgm_peft.formats.canonical import read_values
 from vgm_peft.formats.format import Format, Parcel
 from vgm_peft.formats.names import DOWN, UP
 from vgm_peft.formats.settings import parse
@@ -49,7 +49,7 @@ def recognises(header: Header) -> bool:
 
 def read(header: Header, base: Base | None = None) -> Delta:
     """Read a file of numbered tensors. Raises `DeltaError` when one of them fits nothing."""
-    where, tensors = str(header.path), read_tensors(header)
+    where, tensors = str(header.path), read_values(header)
     tokens = {name: tensors.pop(name) for name in list(tensors) if header.metadata.get(name) == EMBEDDED}
     odd = [name for name in tensors if not _NUMBERED.fullmatch(name)]
     if odd:
@@ -121,7 +121,10 @@ def _pairs(tensors: Mapping[str, Tensor], where: str) -> dict[str, list[Suffixes
     found: dict[str, dict[int, Suffixes]] = {}
     for name, tensor in tensors.items():
         part, number, half = name.split(":")
-        found.setdefault(part, {}).setdefault(int(number), {})[UP if half == "up" else DOWN] = tensor
+        pair = found.setdefault(part, {}).setdefault(int(number), {})
+        if (UP if half == "up" else DOWN) in pair:
+            raise DeltaError(f"{where}: {shown(name)} is there in two spellings", expected="every number once")
+        pair[UP if half == "up" else DOWN] = tensor
     for part, pairs in found.items():
         missing = [n for n in range(len(pairs)) if len(pairs.get(n, {})) != 2]
         if missing:

@@ -88,6 +88,8 @@ def without_empty_ranks(tensors: Suffixes) -> Suffixes:
     down, up = tensors.get(DOWN), tensors.get(UP)
     if down is None or up is None or up.dim() < 2 or up.shape[1] != len(down):
         return tensors
+    if bool(down.flatten(1)[:, :1].any(1).all()):  # a first value that is not zero tells as much as all
+        return tensors
     return _kept(tensors, down.flatten(1).any(1) | up.transpose(0, 1).flatten(1).any(1))
 
 

@@ -22,10 +22,10 @@ from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import DeltaError
 from vgm_peft.family import Base
 from vgm_peft.formats.books import Book, Place, book_of, family_book
-from vgm_peft.formats.factors import EXACT, exact, nearest
+from vgm_peft.formats.factors import EXACT, Thin, exact, full, nearest, pair
 from vgm_peft.formats.forms import Form, form_of
 from vgm_peft.formats.targets import TARGETS, TOOLS, Target
-from vgm_peft.formats.vocabulary import change, pack, unpack
+from vgm_peft.formats.vocabulary import change, pack
 from vgm_peft.site import Site
 
 Way = Literal["as it is", "as a LoRA", "densely", "nearly"]
@@ -131,9 +131,9 @@ class _Planner:
         if self.target.takes(LORA) and self.approximate is not None:
             self._approximate(patch, dense, self.approximate)
         elif self.target.takes(LORA) and (thin := exact(dense)) is not None:
-            self._replace(patch, _lora(patch.site, thin.up, thin.down), "as a LoRA", LORA)
+            self._put_thin(patch, thin, "as a LoRA")
         elif self.target.takes(DIFF):
-            self._replace(patch, {"diff": dense}, "densely", DIFF)
+            self._put_dense(patch, dense)
         else:
             self._refuse(patch, f"{self.target.name} has no place for it")
 
@@ -148,16 +148,19 @@ class _Planner:
     def _approximate(self, patch: Patch, dense: Tensor, rank: int) -> None:
         found = nearest(dense, rank)
         if found.error <= EXACT and not patch.timed:
-            return self._replace(patch, _lora(patch.site, found.up, found.down), "as a LoRA", LORA)
+            return self._put_thin(patch, found.thin, "as a LoRA")
         size = float(dense.norm())
-        self.plan.losses[patch.site.name] = Loss(found.error * size, size, len(found.down))
-        self._replace(patch, _lora(patch.site, found.up, found.down), "nearly", LORA)
+        self.plan.losses[patch.site.name] = Loss(found.error * size, size, found.thin.rank)
+        self._put_thin(patch, found.thin, "nearly")
 
     def _keep(self, patch: Patch, form: Form) -> None:
         self._put(patch, patch, "as it is", form)
 
-    def _replace(self, patch: Patch, tensors: dict[str, Tensor], way: Way, form: Form) -> None:
-        self._put(patch, unpack(patch.site, tensors, "the export"), way, form)
+    def _put_thin(self, patch: Patch, thin: Thin, way: Way) -> None:
+        self._put(patch, pair(patch.site, thin, torch.float32), way, LORA)
+
+    def _put_dense(self, patch: Patch, dense: Tensor) -> None:
+        self._put(patch, full(patch.site, dense, torch.float32), "densely", DIFF)
 
     def _put(self, patch: Patch, written: Patch, way: Way, form: Form) -> None:
         name = patch.site.name
@@ -193,13 +196,13 @@ class _Planner:
                 bias, f"{self.target.name} reads it only beside a change of the weight, whose shape the base tells (--base)"
             )
         elif patch is None:
-            written = unpack(weight, {"diff": torch.zeros(weight.shape)}, "the export")
+            written = full(weight, torch.zeros(weight.shape), torch.float32)
             self.plan.delta.patches[weight.name], self.forms[weight.name] = written, DIFF
         elif self.base is None and not patch.base_free:
             self._refuse(bias, f"{self.target.name} reads it only beside a dense change of the weight, so --base is needed")
         elif not patch.timed:
             self.plan.losses.pop(weight.name, None)
-            self._replace(patch, {"diff": change(patch, self.base)}, "densely", DIFF)
+            self._put_dense(patch, change(patch, self.base))
 
     def complete_attention(self) -> None:
         """Add changes of nothing, of rank 1, to attention layers of text encoders of which only some are changed."""
@@ -211,8 +214,8 @@ class _Planner:
                 continue
             shape = self.plan.delta.patches[changed[0].name].site.shape  # a base at hand or not: the four are alike
             for site in (replace(site, shape=shape) for site in sites if site not in changed):
-                zeros = _lora(site, torch.zeros(site.rows, 1), torch.zeros(1, site.columns))
-                self.plan.delta.patches[site.name] = unpack(site, zeros, "the export")
+                nothing = Thin(torch.zeros(site.rows, 1), torch.zeros(1, site.columns))
+                self.plan.delta.patches[site.name] = pair(site, nothing, torch.float32)
 
     def _refuse(self, patch: Patch, reason: str) -> None:
         self.refused.setdefault(reason, []).append(patch)
@@ -265,13 +268,3 @@ class _Planner:
         names: Mapping[Place, str] = self.book.written
         spelled = [f"{names[place]}." for p in self.plan.delta if (place := (p.site.part, p.site.module)) in names]
         return any(mark in name for name in spelled for mark in probe)
-
-
-def _lora(site: Site, up: Tensor, down: Tensor) -> dict[str, Tensor]:
-    """Spell two factors as a LoRA of scale 1."""
-    kernel = [1] * (len(site.shape) - 2)
-    return {
-        "lora_up.weight": up.reshape(*up.shape, *kernel),
-        "lora_down.weight": down.reshape(len(down), *site.shape[1:]),
-        "alpha": torch.tensor(float(len(down))),
-    }

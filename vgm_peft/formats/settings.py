@@ -15,7 +15,7 @@ from typing import cast
 import torch
 
 from vgm_peft.errors import DeltaError
-from vgm_peft.formats.names import ALPHA, DOWN
+from vgm_peft.formats.names import ALPHA, DOWN, LARGEST_ALPHA
 from vgm_peft.formats.vocabulary import Suffixes
 from vgm_peft.header import shown
 from vgm_peft.site import WRAPPER
@@ -60,8 +60,8 @@ class Settings:
         return self._number(key, self.table.get(key, usual))
 
     def _number(self, key: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e9:
-            raise DeltaError(f"{self.where}: {key} is {shown(str(value))}", expected="a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST_ALPHA:
+            raise DeltaError(f"{self.where}: {key} is {shown(str(value))}", expected=f"a number up to {LARGEST_ALPHA:.0e}")
         return float(value)
 
     def of_module(self, key: str, pattern: str, module: str) -> float | None:

@@ -6,14 +6,14 @@ knowing it: the shape of the change they make, and whether the values are number
 """
 
 from collections.abc import Mapping
-from math import prod
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
 
 from vgm_peft.delta import Delta, Patch
 from vgm_peft.deltas import TABLE
-from vgm_peft.errors import DeltaError
+from vgm_peft.errors import DeltaError, VgmError
 from vgm_peft.family import Base
 from vgm_peft.header import shown
 from vgm_peft.site import Site, locate
@@ -80,7 +80,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Say whether all values are numbers; by the smallest and the largest, which is 20 times as fast as looking at each."""
     if not tensor.numel() or tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return bool(torch.isfinite(tensor).all())
-    return all(bool(torch.isfinite(end)) for end in tensor.aminmax())  # which are NaN where any value is
+    return all(isfinite(float(end)) for end in tensor.aminmax())  # which are NaN where any value is
 
 
 def unpack(site: Site, tensors: Suffixes, where: str) -> Patch:
@@ -91,7 +91,10 @@ def unpack(site: Site, tensors: Suffixes, where: str) -> Patch:
                 f"{where}: {site}: {shown(suffix)} holds values that are not finite", fix="train or export it again"
             )
     for method in TABLE.values():
-        patch = method.unpack(site, tensors)
+        try:
+            patch = method.unpack(site, tensors)
+        except VgmError as error:  # which knows the site and not the file
+            raise DeltaError(f"{where}: {error.what}", expected=error.expected, fix=error.fix) from None
         if patch is not None:
             return patch
     raise DeltaError(

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as nf
 
+from vgm_peft.digests import digest_of_files
 from vgm_peft.errors import BaseModelError, ConfigError
 from vgm_peft.folders import HUB_ID, check_component, fetch_config, fetch_folder, first_line, quiet, read_json
-from vgm_peft.score import Common, Scorer, digest_of
+from vgm_peft.score import Common, Scorer
 
 CONFIG, SHOWN = "config.json", "preprocessor_config.json"
 FILES = ("*.json", "*.txt", "*.safetensors")
@@ -88,7 +89,7 @@ class FeatureScorer(Scorer):
         self.network = self._network(folder)
         config = cast(Any, self.network).config
         self.lens = Lens.of(folder, int(getattr(config, "vision_config", config).image_size), self.usual)
-        self.digest = digest_of(sorted(path for pattern in FILES for path in folder.glob(pattern)))
+        self.digest = digest_of_files(sorted(path for pattern in FILES for path in folder.glob(pattern)))
         try:
             self.look([Image.new("RGB", (self.lens.side, self.lens.side))])
         except (ValueError, RuntimeError) as error:  # better now than at the first measurement

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, cast
 
 from vgm_peft.config import Table, build, read_toml, to_table, to_toml
+from vgm_peft.digests import digests_of
 from vgm_peft.errors import ConfigError, DeltaError, nearest
 
 if TYPE_CHECKING:
@@ -210,10 +211,9 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex. Raises `DeltaError` when it cannot be read."""
+    """SHA-256 of a file, in hex; remembered if it is large. Raises `DeltaError` when it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return digests_of([path])[0]
     except OSError as error:
         raise DeltaError(f"{path}: cannot be read ({error.strerror})", fix="check the path") from None
 

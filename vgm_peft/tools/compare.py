@@ -8,8 +8,8 @@ import torch
 
 from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import DeltaError
+from vgm_peft.formats.factors import spelled, thin_of
 from vgm_peft.tools.checkpoint import Checkpoint, change_of
-from vgm_peft.tools.factors import spelled, thin_of
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch import Tensor
 from vgm_peft.delta import Delta, Patch
 from vgm_peft.deltas import method_named
 from vgm_peft.errors import ConfigError, DeltaError, nearest
+from vgm_peft.formats.factors import full, kept, pair, spectrum_of
 from vgm_peft.formats.vocabulary import is_finite
 from vgm_peft.site import Site
 from vgm_peft.tools.checkpoint import Checkpoint
-from vgm_peft.tools.factors import full, kept, pair, spectrum_of
 from vgm_peft.tools.resize import Target
 
 

@@ -7,8 +7,8 @@ product of both norms. All else is multiplied out, one module at a time.
 import torch
 
 from vgm_peft.delta import Delta, Patch
+from vgm_peft.formats.factors import halves_of, spelled, thin_of
 from vgm_peft.tools.checkpoint import Checkpoint, change_of
-from vgm_peft.tools.factors import halves_of, spelled, thin_of
 
 
 @torch.no_grad()

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from vgm_peft.delta import Delta, Patch, Word
 from vgm_peft.errors import ConfigError, DeltaError, nearest
+from vgm_peft.formats.factors import dtype_of, full, kept, pair, spectrum_of, spelled, thin_of, total
 from vgm_peft.site import Site
 from vgm_peft.tools.checkpoint import Checkpoint, change_of
-from vgm_peft.tools.factors import dtype_of, full, kept, pair, spectrum_of, spelled, thin_of, total
 from vgm_peft.tools.resize import Target, carried
 
 SCALED = ("lora_up.weight", "lokr_w1", "lokr_w1_a", "hada_w1_a", "diff", "diff_b", "w_norm", "b_norm")

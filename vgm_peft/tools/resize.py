@@ -11,8 +11,8 @@ import torch
 
 from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import ConfigError, DeltaError
+from vgm_peft.formats.factors import Spectrum, dtype_of, pair, spectrum_of, spelled, thin_of
 from vgm_peft.tools.checkpoint import Checkpoint, change_of
-from vgm_peft.tools.factors import Spectrum, dtype_of, pair, spectrum_of, spelled, thin_of
 
 STALE = ("sshs_", "ss_network_", "modelspec.hash")
 """How metadata begins that a changed file must not carry on."""

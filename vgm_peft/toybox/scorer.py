@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vgm_peft.digests import digest_of_files
 from vgm_peft.errors import ConfigError
-from vgm_peft.score import Common, Scorer, digest_of
+from vgm_peft.score import Common, Scorer
 from vgm_peft.toybox.assets import asset_folder
 from vgm_peft.toybox.nouns import BACKGROUND_PHRASES, POSITION_PHRASES
 from vgm_peft.toybox.oracle import WEIGHTS, Oracles
@@ -35,7 +36,7 @@ class OracleScorer(Scorer):
     def load(cls, model: str) -> Self:
         """Load the project's oracles, or those of a folder. Raises `BaseModelError` when there are none."""
         folder = Path(model).expanduser() if model else asset_folder("oracles", WEIGHTS)
-        return cls(Oracles.load(folder), digest_of([folder / WEIGHTS]))
+        return cls(Oracles.load(folder), digest_of_files([folder / WEIGHTS]))
 
     def likeness(self, pictures: Sequence[Image.Image], references: Sequence[Image.Image], of: Common) -> Tensor:
         """How surely pictures show the references' toy, 0 being its look-alikes; or the style that most references have."""

@@ -131,7 +131,7 @@ def _masks(cuts: Sequence[Cut], examples: Sequence[Example], factor: int) -> dic
 def _encoded(cuts: Sequence[Cut], examples: Sequence[Example], setup: Setup) -> dict[Cut, Encoded]:
     out: dict[Cut, Encoded] = {}
     with setup.progress("encoding pictures", len(cuts)) as tell:
-        for flip in (False, True):
+        for flip in sorted({cut.flip for cut in cuts}):
             some = [cut for cut in cuts if cut.flip == flip]
             before = len(out)
             found = encode_images(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vgm_peft.data import Cache, Report, View, describe_views
+from vgm_peft.digests import digest_of_file
 from vgm_peft.errors import ConfigError
 from vgm_peft.families import outline, size_of
 from vgm_peft.family import Base, fitting_threads
@@ -30,7 +31,6 @@ from vgm_peft.train.origin import origin
 from vgm_peft.train.probe import GATE_DRAWS
 from vgm_peft.train.recipes import portable
 from vgm_peft.train.report import write_report
-from vgm_peft.train.seal import digest_of_file
 from vgm_peft.train.survey import keep, kept_when_refused, plan, survey
 from vgm_peft.train.task import Setup, Task, own_chance
 

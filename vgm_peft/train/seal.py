@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vgm_peft.digests import digest_of_file
 from vgm_peft.train.durable import write_text
 
 SEAL = "manifest.json"
@@ -62,9 +63,3 @@ def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
 def _sealed(own: Mapping[str, object]) -> str:
     plain = json.dumps(own, sort_keys=True)
     return json.dumps({**own, "seal": hashlib.sha256(plain.encode()).hexdigest()}, indent=1, sort_keys=True) + "\n"
-
-
-def digest_of_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
