@@ -76,10 +76,11 @@ def test_an_empty_delta_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_is_read(mixed: Delta, tmp_path: Path) -> None:
-    formats.write(mixed, tmp_path / "delta.safetensors")
-    assert identical(formats.read(tmp_path), mixed)
-    with pytest.raises(DeltaError, match="no delta in this folder"):
-        formats.read(tmp_path.parent)
+    (tmp_path / "run").mkdir()
+    formats.write(mixed, tmp_path / "run" / "delta.safetensors")
+    assert identical(formats.read(tmp_path / "run"), mixed)
+    with pytest.raises(DeltaError, match=r"no delta in this folder.*such as .*run"):
+        formats.read(tmp_path)
 
 
 def tampered(path: Path, tensors: Callable[[dict[str, torch.Tensor]], None], **metadata: str | None) -> Path:

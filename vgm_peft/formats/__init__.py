@@ -181,7 +181,9 @@ def file_of(path: str | os.PathLike[str]) -> Path:
     for name in IN_FOLDER:
         if (path / name).is_file():
             return path / name
-    raise DeltaError(f"{path}: no delta in this folder", expected=" or ".join(IN_FOLDER), fix="name the file itself")
+    below = sorted({found.parent for name in IN_FOLDER for found in path.glob(f"*/{name}")})
+    fix = f"name one of the folders in it, such as {below[0]}" if below else "name the file itself"
+    raise DeltaError(f"{path}: no delta in this folder", expected=" or ".join(IN_FOLDER), fix=fix)
 
 
 def _recognised(header: Header) -> Format:
