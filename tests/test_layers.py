@@ -1,6 +1,5 @@
 """Words with rows of their own for every cross-attention, words that lead every prompt, and words that go by the same token."""
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.contract.ground import base_of
 from tests.stack_makers import make_delta, make_word
 from vgm_peft import formats
 from vgm_peft.delta import Delta, Word
@@ -25,13 +25,6 @@ PROMPT = "a photo of <toy> on grass"
 @pytest.fixture(params=sorted(TABLE))
 def base(request: pytest.FixtureRequest) -> Base:
     return base_of(request.param)
-
-
-@lru_cache
-def base_of(name: str) -> Base:
-    base = Base(TABLE[name].tiny(), TABLE[name], "tiny").freeze()
-    base.pipe.set_progress_bar_config(disable=True)
-    return base
 
 
 def layered(base: Base, token: str = "<toy>", vectors: int = 2, seed: int = 0) -> Word:

@@ -1,6 +1,5 @@
 """Prompts as people write them: emphasis, further windows, trained words anywhere; plain ones as stock pipelines read them."""
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.contract.ground import base_of
 from tests.stack_makers import make_word
 from vgm_peft.delta import Delta
 from vgm_peft.families import TABLE
@@ -22,13 +22,6 @@ LONG = ", ".join(["a robot", "a duck", "a house"] * 11)
 @pytest.fixture(params=sorted(TABLE))
 def base(request: pytest.FixtureRequest) -> Base:
     return base_of(request.param)
-
-
-@lru_cache
-def base_of(name: str) -> Base:
-    base = Base(TABLE[name].tiny(), TABLE[name], "tiny").freeze()
-    base.pipe.set_progress_bar_config(disable=True)
-    return base
 
 
 def hidden(base: Base, *prompts: str, syntax: bool = True) -> Tensor:

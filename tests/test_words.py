@@ -1,12 +1,12 @@
 """Words on live pipelines: stock calls understand them, training moves only them, and nothing stays behind."""
 
-from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
+from tests.contract.ground import base_of
 from vgm_peft.delta import Word
 from vgm_peft.errors import DeltaError
 from vgm_peft.families import TABLE
@@ -17,15 +17,6 @@ from vgm_peft.words import WordAttachment, new_word, text_embeddings
 @pytest.fixture(params=sorted(TABLE))
 def base(request: pytest.FixtureRequest) -> Base:
     return base_of(request.param)
-
-
-@lru_cache
-def base_of(name: str) -> Base:
-    """One base for all tests, since every one of them must leave it as it was."""
-    family = TABLE[name]
-    base = Base(family.tiny(), family, "tiny").freeze()
-    base.pipe.set_progress_bar_config(disable=True)
-    return base
 
 
 def word(base: Base, token: str, vectors: int, seed: int = 0) -> Word:

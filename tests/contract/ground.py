@@ -68,6 +68,7 @@ class State:
 def base_of(family: str, dtype: torch.dtype = torch.float32) -> Base:
     """A tiny base, made once for all tests: those that change it must change it back."""
     base = Base(FAMILIES[family].tiny().to(dtype), FAMILIES[family], "tiny").freeze()
+    base.pipe.set_progress_bar_config(disable=True)
     predict(base)  # transformers puts hooks of its own on text encoders at the first forward
     return base
 

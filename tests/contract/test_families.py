@@ -3,7 +3,6 @@
 import copy
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from tests.contract.ground import base_of
 from vgm_peft.errors import BaseModelError, ConfigError, VgmError
 from vgm_peft.families import TABLE, family_named, family_of
 from vgm_peft.family import Base, Condition, Family, Query
@@ -26,12 +26,6 @@ FULL = {
 @pytest.fixture(params=sorted(TABLE))
 def family(request: pytest.FixtureRequest) -> Family:
     return TABLE[request.param]
-
-
-@lru_cache
-def base_of(name: str) -> Base:
-    family = TABLE[name]
-    return Base(family.tiny(), family, "tiny").freeze()
 
 
 @pytest.fixture

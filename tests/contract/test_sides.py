@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.contract.ground import base_of
 from vgm_peft.errors import BaseModelError, ConfigError, DataError, DeltaError, SaveError, VgmError
 from vgm_peft.families import TABLE as FAMILIES
 from vgm_peft.family import Base, Condition, Query, Residuals
@@ -27,13 +28,6 @@ def side(request: pytest.FixtureRequest) -> Side:
 @pytest.fixture(params=sorted(FAMILIES))
 def base(request: pytest.FixtureRequest) -> Base:
     return base_of(request.param)
-
-
-@lru_cache
-def base_of(name: str) -> Base:
-    base = Base(FAMILIES[name].tiny(), FAMILIES[name], "tiny").freeze()
-    base.pipe.set_progress_bar_config(disable=True)
-    return base
 
 
 @lru_cache

@@ -168,3 +168,22 @@ def test_a_base_is_read_by_its_sites(base: Base, folder: Path, tmp_path: Path) -
     for source, message in ((tmp_path / "x.safetensors", "no checkpoint of a known family"), ("nowhere", "no such file")):
         with pytest.raises(BaseModelError, match=message):
             Checkpoint(source)
+
+
+def test_no_verb_writes_what_a_tool_would_not_load(
+    base: Base, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A text encoder's norms are nothing to ComfyUI: whichever verb makes the file refuses, as `export` does."""
+    norms = make_delta(base, "norm", ["text_encoder.*norm*"])
+    bake([(norms, 1.0)], Checkpoint(folder), tmp_path / "baked")
+    formats.write(norms, tmp_path / "norms.safetensors")
+    out = ["-o", str(tmp_path / "out.safetensors"), "--for"]
+    extracted = ["extract", str(tmp_path / "baked"), str(folder), "--kind", "diff", *out]
+    merged = ["merge", str(tmp_path / "norms.safetensors"), *out]
+    for words in (extracted, merged):
+        assert main("delta", [*words, "comfyui"]) == 2
+        told = capsys.readouterr().err
+        assert "comfyui cannot have this delta" in told and not (tmp_path / "out.safetensors").exists()
+        assert main("delta", [*words, "kohya"]) == 0 and (tmp_path / "out.safetensors").is_file()
+        (tmp_path / "out.safetensors").unlink()
+        capsys.readouterr()

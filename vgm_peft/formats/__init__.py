@@ -25,25 +25,22 @@ from vgm_peft.formats.stamps import sealed
 from vgm_peft.header import Header, listed
 from vgm_peft.site import locate
 
-__all__ = ["ALIASES", "FORMATS", "file_of", "format_named", "open_header", "read", "sniff", "write", "write_all"]
+__all__ = ["FORMATS", "file_of", "format_named", "open_header", "read", "sniff", "write", "write_all"]
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {module.FORMAT.name: module.FORMAT for module in (native, adapter, numbered, lycoris, kohya, diffusers, embedding)}
 )
 """Every format, in the order in which a file is offered to them."""
 
-ALIASES: Mapping[str, str] = MappingProxyType(dict.fromkeys(("comfyui", "a1111", "forge", "invokeai"), "kohya"))
-"""Names of tools -> the format that they read."""
-
 IN_FOLDER = ("delta.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """The delta's file in a run's folder, in one of diffusers, in one of peft."""
 
 
 def format_named(name: str) -> Format:
-    """Return a format by its name or by that of a tool. Raises `ConfigError` with the nearest known name."""
-    found = FORMATS.get(ALIASES.get(name, name))
+    """Return a format by its name; what a tool can have of it, `targets` knows. Raises `ConfigError` with the nearest name."""
+    found = FORMATS.get(name)
     if found is None:
-        raise ConfigError(f'no format is called "{name}"', fix=nearest(name, [*FORMATS, *ALIASES]))
+        raise ConfigError(f'no format is called "{name}"', fix=nearest(name, [*FORMATS]))
     return found
 
 
@@ -94,8 +91,7 @@ def write_all(
     """As `write`; return the paths of all files that were made: the main one first, then those of the trained tokens."""
     chosen = format_named(format)
     path = place_for(path, chosen)
-    if base is not None and delta.family != base.family.name:
-        raise _other_family("the delta", delta, base)
+    check_family("the delta", delta, base)
     parcels = chosen.spell(delta, base, dtype)
     if chosen.name != native.FORMAT.name:  # whose metadata is the delta's own, to the letter
         parcels = {ending: sealed(parcel, {}) for ending, parcel in parcels.items()}
@@ -204,17 +200,18 @@ def _read(header: Header, base: Base | None) -> Delta:
         return format.read(header, base)
 
 
-def _other_family(what: str, delta: Delta, base: Base) -> DeltaError:
-    return DeltaError(
-        f"{what}: a delta of {delta.family}, but {base.source} is of {base.family.name}",
-        fix=f"use it with a base of {delta.family}",
-    )
+def check_family(what: str, delta: Delta, base: Base | None) -> None:
+    """Raise `DeltaError` for a base of another family than the delta's."""
+    if base is not None and delta.family != base.family.name:
+        raise DeltaError(
+            f"{what}: a delta of {delta.family}, but {base.source} is of {base.family.name}",
+            fix=f"use it with a base of {delta.family}",
+        )
 
 
 def _check_fit(delta: Delta, base: Base, where: Path) -> None:
     """Raise `DeltaError` unless every patch and token of a delta fits a base."""
-    if delta.family != base.family.name:
-        raise _other_family(str(where), delta, base)
+    check_family(str(where), delta, base)
     wrong: list[DeltaError] = []
     for patch in delta:
         try:

@@ -20,14 +20,14 @@ from vgm_peft.formats.books import book_of, family_book
 from vgm_peft.formats.foreign import is_dotted as recognises
 from vgm_peft.formats.foreign import read
 from vgm_peft.formats.format import Format, Parcel
+from vgm_peft.formats.names import ALPHA, DOWN, MAGNITUDE, UP
+from vgm_peft.formats.settings import ADAPTER
 from vgm_peft.formats.stamps import modelspec, stamps
 from vgm_peft.formats.vocabulary import Suffixes, convert, pack_all
 from vgm_peft.site import WRAPPER, Site
 
 CLIP_BODY = ("encoder.layers.", "embeddings.", "final_layer_norm")
 """What is inside `text_model.` in CLIP text encoders; the projection is outside."""
-ADAPTER = "lora_adapter_metadata"
-UP, DOWN, ALPHA, MAGNITUDE = "lora_up.weight", "lora_down.weight", "alpha", "dora_scale"
 
 
 def spell(delta: Delta, base: Base | None = None, dtype: torch.dtype | None = None) -> dict[str, Parcel]:

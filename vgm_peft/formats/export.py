@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from vgm_peft.delta import Delta, Patch
-from vgm_peft.errors import ConfigError, DeltaError
+from vgm_peft.errors import ConfigError
 from vgm_peft.family import Base
-from vgm_peft.formats import FORMATS, Meant, place_for, put
+from vgm_peft.formats import FORMATS, Meant, check_family, place_for, put
 from vgm_peft.formats.plan import Plan, plan
 from vgm_peft.formats.stamps import sealed
 from vgm_peft.formats.targets import target_named
@@ -63,13 +63,10 @@ def export(
     """
     wishes = wishes or Wishes()
     tool = target_named(target)
-    made = plan(delta, tool, base, wishes.approximate)
     format = FORMATS[tool.format]
     path = place_for(path, format)
-    if base is not None and delta.family != base.family.name:
-        raise DeltaError(
-            f"the delta is one of {delta.family}, {base.source} is of {base.family.name}", fix="name the base it was trained on"
-        )
+    check_family("the delta", delta, base)
+    made = plan(delta, tool, base, wishes.approximate)
     parcels = format.spell(made.delta, base, wishes.dtype)
     said = {"modelspec.title": delta.metadata.get("ss_output_name", path.stem)} if tool.is_tool else {}
     said |= {key: text for key, text in delta.metadata.items() if key == "modelspec.title"} | {**wishes.metadata}

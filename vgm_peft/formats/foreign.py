@@ -22,11 +22,10 @@ from vgm_peft.formats.books import Reading, assemble, choose_book
 from vgm_peft.formats.canonical import read_values
 from vgm_peft.formats.names import ALPHA, BIAS, BUNDLED, DOWN, FLAT, by_module, cut
 from vgm_peft.formats.placing import place, without_empty_ranks
-from vgm_peft.formats.settings import Settings, parse
+from vgm_peft.formats.settings import ADAPTER, Settings, parse
 from vgm_peft.formats.vocabulary import Suffixes
 from vgm_peft.header import Header
 
-ADAPTER = "lora_adapter_metadata"
 SCALED_ROTATION = "oft_R.scaled_oft"
 """OneTrainer's mark: the values of `oft_R.weight` are meant divided by twice the root of the block's size less one."""
 

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vgm_peft.formats.names import MAGNITUDE, UP
 from vgm_peft.formats.vocabulary import Suffixes
 from vgm_peft.site import Site
 
 MAIN: Mapping[str, str] = {
-    "lora_up.weight": "lora",
+    UP: "lora",
     "hada_w1_a": "loha",
     "lokr_w1": "lokr",
     "lokr_w1_a": "lokr",
@@ -35,7 +36,7 @@ MAIN: Mapping[str, str] = {
     "diff_b": "bias",
 }
 """The suffix by which a form is known -> its name; a rotation is known by the axes of its blocks."""
-ROTATION, DORA = "oft_blocks", "dora_scale"
+ROTATION = "oft_blocks"
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,21 @@ class Form:
 def form_of(site: Site, tensors: Suffixes) -> Form:
     """Return the form of a patch's tensors, as `Patch.pack` spells them."""
     blocks = tensors.get(ROTATION)
-    if blocks is not None:
-        return Form("oft" if blocks.dim() == 3 else "boft", frozenset(_marks_of_rotation(tensors, blocks)))
-    name = next(form for suffix, form in MAIN.items() if suffix in tensors)
-    return Form(name, frozenset(_marks(site, tensors)))
+    marks = _marks(site, tensors) if blocks is None else _marks_of_rotation(tensors, blocks)
+    return Form(name_of(tensors), frozenset(marks))
+
+
+def name_of(tensors: Suffixes) -> str:
+    """Return the name of the form that a module's tensors have."""
+    if ROTATION in tensors:
+        return "oft" if tensors[ROTATION].dim() == 3 else "boft"
+    return next(form for suffix, form in MAIN.items() if suffix in tensors)
 
 
 def _marks(site: Site, tensors: Suffixes) -> list[str]:
     marks: list[str] = []
-    if DORA in tensors:
-        marks.append("output" if tensors[DORA].shape[:2] == (site.rows, 1) else "input")
+    if MAGNITUDE in tensors:
+        marks.append("output" if tensors[MAGNITUDE].shape[:2] == (site.rows, 1) else "input")
     if "hada_t1" in tensors:
         marks.append("tucker")
     if "on_input" in tensors and site.op == "conv":

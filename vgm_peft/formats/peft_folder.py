@@ -16,8 +16,9 @@ from torch import Tensor
 from vgm_peft.delta import Delta
 from vgm_peft.family import Base
 from vgm_peft.formats import embedding
-from vgm_peft.formats.diffusers import DOWN, MAGNITUDE, UP, check_place, folded, magnitude_vector
+from vgm_peft.formats.diffusers import check_place, folded, magnitude_vector
 from vgm_peft.formats.format import Parcel
+from vgm_peft.formats.names import DOWN, MAGNITUDE, UP
 from vgm_peft.formats.paths import path_in, wrappers
 from vgm_peft.formats.vocabulary import Suffixes, convert, pack_all
 

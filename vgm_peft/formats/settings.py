@@ -20,6 +20,8 @@ from vgm_peft.formats.vocabulary import Suffixes
 from vgm_peft.header import shown
 from vgm_peft.site import WRAPPER
 
+ADAPTER = "lora_adapter_metadata"
+"""The entry of a file's metadata in which diffusers keeps them."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin at which the base's own weights are changed too."""
 UNREAD = (

@@ -18,6 +18,8 @@ from vgm_peft.family import Base
 from vgm_peft.formats.books import Book
 from vgm_peft.formats.canonical import data_digest, window_digest
 from vgm_peft.formats.format import Parcel
+from vgm_peft.formats.forms import name_of
+from vgm_peft.formats.names import ALPHA, MAGNITUDE, UP
 from vgm_peft.formats.vocabulary import Suffixes, rank_of
 
 ARCHITECTURE = "modelspec.architecture"
@@ -40,17 +42,10 @@ PATH = re.compile(r"""(?:^|[\s"'(=,;])(?:/[\w.-]+/|~/|\\\\|[A-Za-z]:[\\/])""")
 LEGACY = (0x100000, 0x10000)
 """First byte and number of bytes of a file that the older of the two hashes is taken over."""
 
-UP, ALPHA, DORA, ROTATION = "lora_up.weight", "alpha", "dora_scale", "oft_blocks"
-ALGORITHMS = {
-    "hada_w1_b": "loha",
-    "lokr_w1": "lokr",
-    "lokr_w1_a": "lokr",
-    "b1.weight": "glora",
-    "on_input": "ia3",
-    "diff": "full",
-    "diff_b": "full",
-}
-"""A suffix by which a kind other than LoRA is known -> LyCORIS' word for it."""
+NAMELESS = frozenset(("lora", "norm"))
+"""Forms that LyCORIS has no `algo` for: the first is its default, the second goes by `train_norm`."""
+ALGORITHMS: Mapping[str, str] = {"oft": "diag-oft", "diff": "full", "bias": "full"}
+"""LyCORIS' words for forms, where they are not the form's own name."""
 
 
 def public(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -90,7 +85,7 @@ def network(modules: Sequence[Suffixes]) -> dict[str, str]:
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic" if ranks else "1",  # 1: what has no rank
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic" if alphas else "1.0",
     }
-    scales = [suffixes[DORA] for suffixes in modules if DORA in suffixes]
+    scales = [suffixes[MAGNITUDE] for suffixes in modules if MAGNITUDE in suffixes]
     lowrank = any(UP in suffixes for suffixes in modules)
     args = {"algo": max(sorted(kinds), key=kinds.__getitem__, default="locon" if lowrank else "full")}
     if scales:
@@ -104,9 +99,8 @@ def network(modules: Sequence[Suffixes]) -> dict[str, str]:
 
 def _algorithm(suffixes: Suffixes) -> str | None:
     """Return LyCORIS' word for a module's kind; None for a LoRA, and for a normalisation, which has none of its own."""
-    if ROTATION in suffixes:
-        return "boft" if suffixes[ROTATION].dim() == 4 else "diag-oft"
-    return next((word for name, word in ALGORITHMS.items() if name in suffixes), None)
+    form = name_of(suffixes)
+    return None if form in NAMELESS else ALGORITHMS.get(form, form)
 
 
 def sealed(parcel: Parcel, more: Mapping[str, str]) -> Parcel:

@@ -1,19 +1,15 @@
 """The verbs of `vgm-delta` that are tools, one a file: `add_verb` declares the flags cheaply, `run` does the work.
 
-`table` and `bytes_in_words` are how all of them print.
+Those that make a delta write it through `output`; `table` and `bytes_in_words` are how all of them print.
 """
 
-import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgm_peft.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
-    from vgm_peft.delta import Delta
     from vgm_peft.tools.checkpoint import Checkpoint
 
 Verbs = Any
@@ -25,38 +21,6 @@ def checkpoint(name: str | None) -> "Checkpoint | None":
     from vgm_peft.tools.checkpoint import Checkpoint
 
     return None if name is None else Checkpoint(name)
-
-
-def output(args: argparse.Namespace, inputs: Iterable[Path]) -> Path:
-    """The file that `--output` names. Raises `ConfigError` when it is none that other tools find, or one of those read."""
-    path: Path = args.output
-    if path.suffix != ".safetensors":
-        raise ConfigError(f"--output {path}", expected="a name that ends in .safetensors, by which other tools find it")
-    if any(path.resolve() == file.resolve() for file in inputs):
-        raise ConfigError(f"--output {path} is a file that is read", fix="choose another name")
-    return path
-
-
-def write(delta: "Delta", path: Path, like: Path, tool: str | None) -> Path:
-    """Write a delta for a tool, or in the spelling and the dtype of the file `like`."""
-    from vgm_peft import formats
-
-    form = formats.sniff(like) if tool is None else formats.format_named(tool).name
-    foreign = form != "native" and formats.sniff(like) != "native"
-    return formats.write(delta, path, form, dtype=_dtype(like) if foreign else None)
-
-
-def _dtype(file: Path) -> "torch.dtype | None":
-    """The dtype that most values of a file are stored in."""
-    from math import prod
-
-    from vgm_peft.formats import file_of, open_header
-    from vgm_peft.formats.canonical import DTYPES
-
-    counts: dict[str, int] = {}
-    for entry in open_header(file_of(file)).tensors.values():
-        counts[entry.dtype] = counts.get(entry.dtype, 0) + prod(entry.shape)
-    return DTYPES[max(counts, key=counts.__getitem__)] if counts else None
 
 
 def weighted(text: str) -> tuple[Path, float]:
@@ -83,7 +47,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "  "
     return "\n".join(lines)
 
 
-def shown(text: str) -> str:
+def on_one_line(text: str) -> str:
     """Text from a stranger's file on one line: control characters escaped, at most 100 letters."""
     plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
     return plain if len(plain) <= 100 else plain[:97] + "..."

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from vgm_peft.cli.verbs import Verbs, bytes_in_words
+from vgm_peft.cli.verbs.output import dtype_named
 from vgm_peft.errors import ConfigError
 
 
@@ -20,14 +21,9 @@ def add_verb(verbs: Verbs) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert one file after another."""
-    import torch
-
     from vgm_peft import formats
 
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if args.dtype is not None and args.dtype not in dtypes:
-        raise ConfigError(f"--dtype {args.dtype}", expected="one of " + ", ".join(dtypes))
-    target, out = formats.format_named(args.to), args.output
+    target, out, dtype = formats.format_named(args.to), args.output, dtype_named(args.dtype)
     single = len(args.files) == 1 and out.suffix == ".safetensors"
     outputs: dict[Path, Path] = {}
     for file in args.files:
@@ -35,7 +31,6 @@ def run(args: argparse.Namespace) -> int:
     if len(outputs) < len(args.files) or any(a.resolve() == formats.file_of(b).resolve() for a, b in outputs.items()):
         raise ConfigError(f"--output {out}: two files of one name, or a file that is read", fix="choose another folder")
     for path, file in outputs.items():
-        dtype = None if args.dtype is None else dtypes[args.dtype]
         for written in formats.write_all(formats.read(file), path, target.name, dtype=dtype):
             print(f"{written}: {target.name}, {bytes_in_words(written.stat().st_size)}, read back and compared")
     return 0

@@ -1,21 +1,18 @@
 """`vgm-delta export`: a delta for another tool, as exactly as that tool can have it, and what was done to it on the way."""
 
 import argparse
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vgm_peft.cli.verbs import Verbs, bytes_in_words, table
+from vgm_peft.cli.verbs import Verbs, bytes_in_words
+from vgm_peft.cli.verbs.output import DTYPES, checked, dtype_named, told
 from vgm_peft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vgm_peft.formats.export import Exported, Wishes
-    from vgm_peft.formats.plan import Plan
+    from vgm_peft.formats.export import Wishes
 
 TARGETS = ("native", "comfyui", "a1111", "forge", "invokeai", "kohya", "diffusers", "peft", "lycoris", "embedding")
-DTYPES = ("float32", "float16", "bfloat16")
-RANK, LAST, WORST = 32, "LAST", 8
+RANK, LAST = 32, "LAST"
 
 
 def add_verb(verbs: Verbs) -> None:
@@ -41,10 +38,12 @@ def add_verb(verbs: Verbs) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, export, and say what became of it."""
     from vgm_peft import formats
-    from vgm_peft.formats.export import export
+    from vgm_peft.formats.export import export, file_name
     from vgm_peft.formats.targets import target_named
 
-    target, wishes, output = target_named(args.target), _wishes(args), _output(args)
+    target, wishes = target_named(args.target), _wishes(args)
+    usual = args.file.with_name(file_name(target.name, args.file.stem))
+    output = checked(args.output or usual, [args.file], target.name)
     base = None
     if args.base is not None:
         from vgm_peft.families import load
@@ -58,12 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _wishes(args: argparse.Namespace) -> "Wishes":
-    import torch
-
     from vgm_peft.formats.export import Wishes, thumbnail
 
-    if args.dtype is not None and args.dtype not in DTYPES:
-        raise ConfigError(f"--dtype {args.dtype}", expected="one of " + ", ".join(DTYPES))
     said: dict[str, str] = {}
     for text in args.meta:
         key, equals, value = text.partition("=")
@@ -72,8 +67,7 @@ def _wishes(args: argparse.Namespace) -> "Wishes":
         said[key] = value
     if args.thumbnail is not None:
         said["modelspec.thumbnail"] = thumbnail(_last_preview(args.file) if args.thumbnail == LAST else args.thumbnail)
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    return Wishes(dtype=dtype, approximate=args.approximate, metadata=said)
+    return Wishes(dtype=dtype_named(args.dtype), approximate=args.approximate, metadata=said)
 
 
 def _last_preview(file: Path) -> Path:
@@ -83,35 +77,3 @@ def _last_preview(file: Path) -> Path:
     if not pictures:
         raise ConfigError(f"--thumbnail: no preview in {folder}", fix="name the picture")
     return pictures[-1]
-
-
-def _output(args: argparse.Namespace) -> Path:
-    """Where to write: what `--output` names, or beside the file. Raises `ConfigError` when it is none that other tools find."""
-    from vgm_peft.formats.export import file_name
-
-    file: Path = args.file
-    usual = file_name(args.target, file.stem)
-    output: Path = args.output or file.with_name(usual)
-    if usual.endswith(".safetensors") and output.suffix != ".safetensors":
-        raise ConfigError(f"--output {output}", expected="a name that ends in .safetensors, by which other tools find it")
-    if output.resolve() == file.resolve():
-        raise ConfigError(f"--output {output} is the file that is read", fix="choose another name")
-    return output
-
-
-def told(made: "Exported") -> str:
-    """What became of the layers, the errors of what is only near, what to know of the tool; nothing if all went as it is."""
-    plan = made.plan
-    ways = Counter(plan.ways.values())
-    lines = [] if set(ways) <= {"as it is"} else [", ".join(f"{count} layers {way}" for way, count in ways.items())]
-    if plan.losses:
-        lines += [f"approximated: {plan.loss:.2%} of the change is lost in all (Frobenius norm)", _losses(plan)]
-    lines += [f"note: {remark}" for remark in plan.remarks]
-    return "".join(f"  {line}\n" for line in lines)
-
-
-def _losses(plan: "Plan") -> str:
-    worst = sorted(plan.losses.items(), key=lambda item: -item[1].share)
-    rows: list[Sequence[str]] = [(name, str(loss.rank), f"{loss.share:.2%}") for name, loss in worst[:WORST]]
-    more = [] if len(worst) <= WORST else [(f"and {len(worst) - WORST} layers that lose less", "", "")]
-    return table(("layer", "rank", "lost"), [*rows, *more], "    ").lstrip()

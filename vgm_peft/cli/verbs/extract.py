@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from statistics import fmean
 
-from vgm_peft.cli.verbs import Verbs, bytes_in_words, output, table
+from vgm_peft.cli.verbs import Verbs, table
+from vgm_peft.cli.verbs.output import asked_for
 
 
 def add_verb(verbs: Verbs) -> None:
@@ -24,18 +25,17 @@ def add_verb(verbs: Verbs) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Extract, write, and print what is missed."""
-    from vgm_peft import formats
     from vgm_peft.tools.checkpoint import Checkpoint
     from vgm_peft.tools.extract import Options, extract
     from vgm_peft.tools.resize import Target
 
-    path, form = output(args, []), formats.format_named(args.target)
+    output = asked_for(args, [])
     rank = 32 if args.rank is None and args.keep is None else args.rank
     options = Options(args.kind, Target(rank, args.keep), args.factor)
     delta, missed = extract(Checkpoint(args.tuned), Checkpoint(args.base), options)
-    formats.write(delta, path, form.name)
+    size = output.write(delta)
     print(table(("layer", "missed"), [(name, f"{100 * error:.2f} %") for name, error in missed.items()]))
     worst, mean = max(missed.values()), fmean(missed.values())
-    print(f"{path}: {len(missed)} layers, {bytes_in_words(path.stat().st_size)}; of the difference, ", end="")
+    print(f"{output.path}: {len(missed)} layers, {size}; of the difference, ", end="")
     print(f"{100 * mean:.2f} % is missed on average, {100 * worst:.2f} % at most")
     return 0

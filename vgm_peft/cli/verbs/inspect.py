@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vgm_peft.cli.verbs import Verbs, bytes_in_words, checkpoint, shown, table
+from vgm_peft.cli.verbs import Verbs, bytes_in_words, checkpoint, on_one_line, table
 
 if TYPE_CHECKING:
     from vgm_peft.tools.glance import Glance
@@ -72,7 +72,7 @@ def _layers(args: argparse.Namespace) -> tuple[str, dict[str, tuple[int | None, 
 def _told(seen: "Glance") -> str:
     kinds = " + ".join(seen.kinds) or "words"
     base = f"for {seen.base}" if seen.base else "which does not say its base (--norms finds it out)"
-    lines = [f"{seen.file}: {kinds} of {seen.tool}, {shown(base)}"]
+    lines = [f"{seen.file}: {kinds} of {seen.tool}, {on_one_line(base)}"]
     dtypes = ", ".join(f"{values:,} {DTYPES.get(dtype, dtype)}" for dtype, values in seen.dtypes.items())
     lines.append(f"  size      {bytes_in_words(seen.size)}: {dtypes}")
     for word, counts in (("parts", seen.parts), ("kinds", seen.kinds if len(seen.kinds) > 1 else {})):
@@ -84,13 +84,13 @@ def _told(seen: "Glance") -> str:
         options = ", ".join(
             f"{k}={v}" for k, v in group.items() if k not in ("kind", "tensors") and v not in (None, False, 0.0)
         )
-        lines.append(f"  {group['kind']:9} {group['tensors']} layers: {shown(options)}")
+        lines.append(f"  {group['kind']:9} {group['tensors']} layers: {on_one_line(options)}")
     for token, rows in seen.words.items():
         shapes = ", ".join(f"{part} {'x'.join(map(str, shape))}" for part, shape in rows.items())
-        lines.append(f"  word      {shown(token)}: {shapes}")
+        lines.append(f"  word      {on_one_line(token)}: {shapes}")
     if seen.others:
         lines.append(f"  unknown   {seen.others} tensors whose names say nothing here")
-    lines += [f"  metadata  {shown(key)} = {shown(text)}" for key, text in seen.metadata.items()]
+    lines += [f"  metadata  {on_one_line(key)} = {on_one_line(text)}" for key, text in seen.metadata.items()]
     return "\n".join(lines)
 
 

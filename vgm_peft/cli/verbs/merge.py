@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from vgm_peft.cli.verbs import Verbs, bytes_in_words, checkpoint, output, weighted, write
+from vgm_peft.cli.verbs import Verbs, checkpoint, weighted
+from vgm_peft.cli.verbs.output import asked_for
 
 
 def add_verb(verbs: Verbs) -> None:
@@ -27,10 +28,10 @@ def run(args: argparse.Namespace) -> int:
     from vgm_peft.tools.merge import Options, merge
 
     uses = [weighted(text) for text in args.files]
-    path = output(args, [file for file, _ in uses])
+    output = asked_for(args, [file for file, _ in uses])
     options = Options(args.method, args.rank, args.density, args.seed)
     delta = merge([(read(file), weight) for file, weight in uses], options, checkpoint(args.base))
-    write(delta, path, uses[0][0], args.target)
+    size = output.write(delta)
     told = " + ".join(f"{weight:g} x {file.name}" for file, weight in uses)
-    print(f"{path}: {told}, {args.method}, {len(delta.patches)} layers, {bytes_in_words(path.stat().st_size)}, read back")
+    print(f"{output.path}: {told}, {args.method}, {len(delta.patches)} layers, {size}, read back")
     return 0

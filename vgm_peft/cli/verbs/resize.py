@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from statistics import fmean
 
-from vgm_peft.cli.verbs import Verbs, bytes_in_words, checkpoint, output, table, write
+from vgm_peft.cli.verbs import Verbs, checkpoint, table
+from vgm_peft.cli.verbs.output import asked_for
 
 
 def add_verb(verbs: Verbs) -> None:
@@ -25,14 +26,14 @@ def run(args: argparse.Namespace) -> int:
     from vgm_peft.formats import read
     from vgm_peft.tools.resize import Target, resize
 
-    path, target = output(args, [args.file]), Target(args.rank, args.keep)
+    output, target = asked_for(args, [args.file]), Target(args.rank, args.keep)
     delta, steps = resize(read(args.file), target, checkpoint(args.base))
-    write(delta, path, args.file, args.target)
+    size = output.write(delta)
     rows = [
         (n, "full" if s.before is None else str(s.before), str(s.after), f"{100 * s.error:.2f} %") for n, s in steps.items()
     ]
     print(table(("layer", "rank", "now", "lost"), rows))
     lost = [step.error for step in steps.values()]
-    print(f"{path}: {bytes_in_words(path.stat().st_size)}; of |dW|, {100 * fmean(lost):.2f} % is lost on average", end="")
+    print(f"{output.path}: {size}; of |dW|, {100 * fmean(lost):.2f} % is lost on average", end="")
     print(f", {100 * max(lost):.2f} % at most; read back and compared")
     return 0
