@@ -26,6 +26,7 @@ NOUNS = (
     "process",
     "family",
     "side",
+    "beside",
     "score",
     "word",
     "words",

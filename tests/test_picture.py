@@ -87,11 +87,11 @@ def test_only_plain_names_leave_this_machine() -> None:
             DeltaUse(file="C:\\b\\toy.safetensors", digest="2" * 64),
             DeltaUse(file="../runs/robot/delta.safetensors"),
         ),
-        controls=(ControlUse(folder="/nets/edges", image="/home/me/a.png"),),
+        controls=(ControlUse(network="/nets/edges", image="/home/me/a.png"),),
     )  # fmt: skip
     plain = portable(stack)
     assert [d.file for d in plain.deltas] == ["toy.safetensors", "toy-22222222.safetensors", "robot/delta.safetensors"]
-    assert (plain.base, plain.controls[0].folder, plain.controls[0].image) == ("sd15", "edges", "a.png")
+    assert (plain.base, plain.controls[0].network, plain.controls[0].image) == ("sd15", "edges", "a.png")
     assert "/home" not in parameters(stack) and portable(plain) == plain
     assert portable(Stack(base="a/b")).base == "a/b"
 
@@ -128,8 +128,8 @@ def record(**table: Any) -> str:
             (record(deltas=[{"file": name}]), "plain file name")
             for name in ("/etc/passwd", "../x", "a/../x", "a/b/c", "~/x", "C:\\x", "..", "a\\b", "a\nb", "\u202ex", "http://x/y")
         ],
-        (record(controls=[{"folder": "../x", "image": "a.png"}]), "plain file name"),
-        (record(controls=[{"folder": "x", "image": "*.png"}]), "plain file name"),
+        (record(controls=[{"network": "../x", "image": "a.png"}]), "plain file name"),
+        (record(controls=[{"network": "x", "image": "*.png"}]), "plain file name"),
         (record(deltas=[{"file": "a", "strength": 1e9}]), "strength of a"),
         (record(deltas=[{"file": "a", "digest": "zz"}]), "SHA-256"),
     ],

@@ -236,7 +236,7 @@ def test_live_and_fused_stacks_agree(base: Base) -> None:
     results: list[np.ndarray] = []
     for fuse in (True, False):
         with stack.on(base, given=given, fuse=fuse) as applied:
-            results.append(picture(applied.pipe, "text2img"))
+            results.append(picture(applied.base.pipe, "text2img"))
     assert np.abs(results[0] - results[1]).max() < 1e-4
 
 
@@ -324,9 +324,9 @@ def test_several_deltas_and_control_networks_in_one_call(base: Base, control: tu
     given = {"a": make_delta(base), "b": make_delta(base, "krona", 1)}
     before = fingerprint(base.pipe)
     deltas = uses(a=0.5, b=0.5)
-    one = drawn(base, given, deltas=deltas, controls=(ControlUse(folder=folder, image=image),))
-    two = drawn(base, given, deltas=deltas, controls=(ControlUse(folder=folder, image=image),) * 2)
-    none = drawn(base, given, deltas=deltas, controls=(ControlUse(folder=folder, image=image, strength=0.0),))
+    one = drawn(base, given, deltas=deltas, controls=(ControlUse(network=folder, image=image),))
+    two = drawn(base, given, deltas=deltas, controls=(ControlUse(network=folder, image=image),) * 2)
+    none = drawn(base, given, deltas=deltas, controls=(ControlUse(network=folder, image=image, strength=0.0),))
     assert np.array_equal(none, drawn(base, given, deltas=deltas))
     assert not np.array_equal(one, none) and not np.array_equal(two, one)
     assert same(before, fingerprint(base.pipe))
@@ -341,7 +341,7 @@ def test_control_equals_the_stock_pipeline(base: Base, control: tuple[Path, Path
         "a red toy", image=Image.open(image).convert("RGB"), num_inference_steps=2, guidance_scale=3.0, width=64, height=64,
         generator=torch.Generator().manual_seed(0), output_type="np", controlnet_conditioning_scale=0.7,
     ).images[0]  # fmt: skip
-    ours = drawn(base, controls=(ControlUse(folder=str(folder), image=str(image), strength=0.7),))
+    ours = drawn(base, controls=(ControlUse(network=str(folder), image=str(image), strength=0.7),))
     assert base.pipe.scheduler is plain
     assert np.abs(ours / 255 - theirs).max() <= 0.5 / 255 + 1e-4
 
@@ -350,9 +350,9 @@ def test_a_bad_control_picture_is_named(base: Base, control: tuple[Path, Path], 
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"not a picture")
     with pytest.raises(DataError, match=r"bad\.png: not a readable picture"):
-        drawn(base, controls=(ControlUse(folder=str(control[0]), image=str(bad)),))
+        drawn(base, controls=(ControlUse(network=str(control[0]), image=str(bad)),))
     with pytest.raises(VgmError, match="nowhere"):
-        drawn(base, controls=(ControlUse(folder=str(tmp_path / "nowhere"), image=str(control[1])),))
+        drawn(base, controls=(ControlUse(network=str(tmp_path / "nowhere"), image=str(control[1])),))
 
 
 @pytest.mark.parametrize("spelling", ["kohya", "diffusers"])
@@ -393,7 +393,7 @@ def test_a_stack_goes_through_toml_unchanged(tmp_path: Path) -> None:
         base="toybox", prompt='a "red" robot\non grass', negative="blurry", steps=7, guidance=1.5, seed=3, count=2, width=64,
         height=128, scheduler="euler_a",
         deltas=(DeltaUse(file="a.safetensors", strength=-0.5, digest="a" * 64), DeltaUse(file="b")),
-        controls=(ControlUse(folder="edges", image="edges.png", strength=0.25),),
+        controls=(ControlUse(network="edges", image="edges.png", strength=0.25),),
     )  # fmt: skip
     file = tmp_path / "x.toml"
     file.write_text(stack.toml(), encoding="utf-8")

@@ -79,20 +79,6 @@ class Query:
     sizes: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Residuals:
-    """What a side network adds to a U-Net: one tensor per skip connection, and one at the middle."""
-
-    down: tuple[Tensor, ...]
-    mid: Tensor
-
-    def __mul__(self, strength: float) -> "Residuals":
-        return Residuals(tuple(a * strength for a in self.down), self.mid * strength)
-
-    def __add__(self, other: "Residuals") -> "Residuals":
-        return Residuals(tuple(a + b for a, b in zip(self.down, other.down, strict=True)), self.mid + other.mid)
-
-
 Place = tuple[str, str]
 """Part and module."""
 
@@ -208,12 +194,12 @@ class Family(Naming):
         """Decode latents (B, C, H, W) to pictures (B, 3, P, Q) in -1 .. 1."""
 
     def extra(self, base: "Base", query: Query) -> dict[str, Tensor] | None:
-        """Return what the denoiser, and any side network, is told besides time and tokens (`added_cond_kwargs`), or None."""
+        """Return what the denoiser is told besides time and tokens (`added_cond_kwargs`), or None."""
         return None
 
     @abstractmethod
-    def predict(self, base: "Base", query: Query, side: Residuals | None = None) -> Tensor:
-        """Call the denoiser and return its raw prediction (B, C, H, W); `side` is added where side networks add."""
+    def predict(self, base: "Base", query: Query) -> Tensor:
+        """Call the denoiser and return its raw prediction (B, C, H, W)."""
 
 
 @dataclass

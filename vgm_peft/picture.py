@@ -74,7 +74,7 @@ def read_stack(path: Path) -> Stack:
     if not isinstance(table, dict):
         raise ConfigError(f"{path.name}: its metadata holds no stack")
     stack = Stack.of_table(cast("dict[str, object]", table), f"{path.name}: ")
-    for name in (*(d.file for d in stack.deltas), *(n for c in stack.controls for n in (c.folder, c.image))):
+    for name in (*(d.file for d in stack.deltas), *(n for c in stack.controls for n in (c.network, c.image, c.mask) if n)):
         _plain(name, path.name)
     return stack
 
@@ -95,7 +95,9 @@ def portable(stack: Stack) -> Stack:
         if any(d.file == name for d in deltas):
             name = f"{Path(name).stem}-{use.digest[:8] or len(deltas)}{Path(name).suffix}"
         deltas.append(replace(use, file=name))
-    controls = [replace(c, folder=_last(c.folder), image=_last(c.image)) for c in stack.controls]
+    controls = [
+        replace(c, network=_last(c.network), image=_last(c.image), mask=_last(c.mask) if c.mask else "") for c in stack.controls
+    ]
     local = Path(stack.base).is_absolute() or stack.path(stack.base).exists()
     base = _last(stack.base) if local else stack.base
     return replace(stack, base=base, deltas=tuple(deltas), controls=tuple(controls))

@@ -12,7 +12,7 @@ from PIL import Image
 from vgm_peft.cli import Parser, main
 from vgm_peft.cli.generate import Places, add_flags, described, parse_control, parse_delta
 from vgm_peft.errors import ConfigError
-from vgm_peft.stack.recipe import Stack, parse_size
+from vgm_peft.stack.recipe import ControlUse, Stack, parse_size
 
 
 def flags(*argv: str) -> argparse.Namespace:
@@ -47,12 +47,16 @@ def test_deltas_parse_on_every_system(text: str, file: str, strength: float) -> 
     ],
 )
 def test_controls_parse_on_every_system(text: str, parsed: tuple[str, str, float]) -> None:
-    assert parse_control(text) == parsed
+    use = parse_control(text)
+    assert (use.network, use.image, use.strength) == parsed and (use.start, use.end) == (0.0, 1.0)
+    assert parse_control("edges:a.png:0.5:0.2-0.8") == ControlUse(
+        network="edges", image="a.png", strength=0.5, start=0.2, end=0.8
+    )
 
 
 def test_what_does_not_parse_is_named(tmp_path: Path) -> None:
-    for text in ("edges", "a:b:c", "a:b:c:d", ""):
-        with pytest.raises(ConfigError, match="FOLDER:IMAGE"):
+    for text in ("edges", "a:b:c", "a:b:1:d", "a:b:1:0.5-x", "a:b:1:0.2-0.5:e", ""):
+        with pytest.raises(ConfigError, match="NETWORK:IMAGE"):
             parse_control(text)
     for text in ("64y64", "x64", "-1", ""):
         with pytest.raises(ConfigError, match="size"):

@@ -81,7 +81,7 @@ def test_family_of_recognises_every_task(family: Family, base: Base) -> None:
         build = getattr(diffusers, name)
         parts = dict(base.pipe.components)
         if "ControlNet" in name:
-            parts["controlnet"] = sides["controlnet"].create(base)
+            parts["controlnet"] = sides["controlnet"].create(base, sides["controlnet"].Options())
         if "XL" not in name:
             parts["requires_safety_checker"] = False
         assert family_of(build(**parts)) is family

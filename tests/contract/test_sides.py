@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.contract.ground import base_of
+from tests.contract.ground import State, base_of
+from vgm_peft.beside import Beside
 from vgm_peft.errors import BaseModelError, ConfigError, DataError, DeltaError, SaveError, VgmError
 from vgm_peft.families import TABLE as FAMILIES
-from vgm_peft.family import Base, Condition, Query, Residuals
+from vgm_peft.family import Base, Query
 from vgm_peft.side import Side
 from vgm_peft.sides import TABLE, open_side, side_named
 
@@ -34,7 +35,7 @@ def base(request: pytest.FixtureRequest) -> Base:
 @torch.no_grad()
 def trained(side: str, family: str) -> nn.Module:
     """A network that says something: every zero weight is moved."""
-    network = TABLE[side].create(base_of(family))
+    network = TABLE[side].create(base_of(family), TABLE[side].Options())
     generator = torch.Generator().manual_seed(0)
     for p in network.parameters():
         if not p.any():
@@ -55,33 +56,55 @@ def control(rows: int = 2, side: int = 64) -> Tensor:
     return torch.rand(rows, 3, side, side, generator=torch.Generator().manual_seed(2))
 
 
-def difference(a: Residuals, b: Residuals) -> float:
-    pairs = zip((*a.down, a.mid), (*b.down, b.mid), strict=True)
-    return max(float((x - y).abs().max()) for x, y in pairs)
+def predict(base: Base, network: nn.Module | None = None, picture: Tensor | None = None, strength: float = 1.0) -> Tensor:
+    """What the denoiser predicts, with a network beside it that sees a picture or without one."""
+    side = next((s for s in TABLE.values() if network is not None and network is trained(s.name, base.family.name)), None)
+    if network is None or side is None:
+        return base.family.predict(base, query(base.family.name))
+    with Beside(base, side, network, strength) as beside:
+        beside.tell(control() if picture is None else picture)
+        return base.family.predict(base, query(base.family.name))
 
 
-def test_a_fresh_network_changes_nothing(side: Side, base: Base) -> None:
-    network, asked = side.create(base), query(base.family.name)
+@torch.no_grad()
+def test_a_fresh_network_changes_nothing_where_it_begins_at_zero(side: Side, base: Base) -> None:
+    network, asked = side.create(base, side.Options()), query(base.family.name)
     assert network.training and all(p.requires_grad and p.dtype == torch.float32 for p in network.parameters())
-    with torch.no_grad():
-        residuals = side.residuals(base, network, asked, control())
-        assert not any(r.any() for r in (*residuals.down, residuals.mid))
-        assert torch.equal(base.family.predict(base, asked, residuals), base.family.predict(base, asked))
+    with Beside(base, side, network) as beside:
+        beside.tell(control())
+        found = base.family.predict(base, asked)
+    assert torch.equal(found, base.family.predict(base, asked)) == side.zero
+
+
+@torch.no_grad()
+def test_a_silent_network_is_as_if_it_were_not_there(side: Side, base: Base) -> None:
+    """Before it is told a picture, at strength 0, and when it was taken away."""
+    network, asked = trained(side.name, base.family.name), query(base.family.name)
+    before = State.of(base.parts)
+    plain = base.family.predict(base, asked)
+    with Beside(base, side, network) as beside:
+        assert torch.equal(base.family.predict(base, asked), plain)
+        beside.tell(control())
+        assert not torch.equal(base.family.predict(base, asked), plain)
+        beside.strength = 0.0
+        assert torch.equal(base.family.predict(base, asked), plain)
+    assert torch.equal(base.family.predict(base, asked), plain)
+    before.check(base.parts)
 
 
 def test_the_seed_decides(side: Side, base: Base) -> None:
     before = torch.random.get_rng_state()
-    first, again, other = (side.create(base, seed).state_dict() for seed in (0, 0, 1))
+    first, again, other = (side.create(base, side.Options(), seed).state_dict() for seed in (0, 0, 1))
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(first[k], again[k]) for k in first) and any(not torch.equal(first[k], other[k]) for k in first)
 
 
 def test_gradients_reach_the_network_and_not_the_base(side: Side, base: Base) -> None:
-    network = side.create(base)
-    with torch.enable_grad():
+    network = side.create(base, side.Options())
+    with torch.enable_grad(), Beside(base, side, network) as beside:
         for _ in range(3):  # What is behind a zero layer learns a step later, and some is behind two.
-            residuals = side.residuals(base, network, query(base.family.name), control())
-            base.family.predict(base, query(base.family.name), residuals).square().mean().backward()
+            beside.tell(control())
+            base.family.predict(base, query(base.family.name)).square().mean().backward()
             with torch.no_grad():
                 for p in network.parameters():
                     p -= 0.1 * p.grad if p.grad is not None else 0
@@ -91,15 +114,29 @@ def test_gradients_reach_the_network_and_not_the_base(side: Side, base: Base) ->
 
 
 @torch.no_grad()
-def test_what_it_adds_is_heard_and_scales(side: Side, base: Base) -> None:
-    asked = query(base.family.name)
-    residuals = side.residuals(base, trained(side.name, base.family.name), asked, control())
-    other = side.residuals(base, trained(side.name, base.family.name), asked, 1 - control())
-    plain = base.family.predict(base, asked)
-    assert (base.family.predict(base, asked, residuals) - plain).abs().max() > 1e-3
-    assert difference(residuals, other) > 1e-4, "it reads the picture"
-    assert torch.equal(base.family.predict(base, asked, residuals * 0.0), plain)
-    assert difference(residuals + residuals, residuals * 2.0) == 0
+def test_it_reads_the_picture_and_its_strength_counts(side: Side, base: Base) -> None:
+    network = trained(side.name, base.family.name)
+    found = predict(base, network, control())
+    for other in (predict(base), predict(base, network, 1 - control()), predict(base, network, control(), 0.5)):
+        assert (found - other).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_several_are_heard_together_in_any_order(side: Side, base: Base) -> None:
+    """Two of a kind, and one of each kind: the same picture whichever hook came first, and another than one alone."""
+    network = trained(side.name, base.family.name)
+    others = [(s, trained(s.name, base.family.name)) for s in TABLE.values()]
+    all_of_them = [(side, network), *others]
+    found: list[Tensor] = []
+    for order in (all_of_them, all_of_them[::-1]):
+        besides = [Beside(base, s, n, 0.5) for s, n in order]
+        for beside in besides:
+            beside.tell(control())
+        found.append(base.family.predict(base, query(base.family.name)))
+        for beside in besides:
+            beside.remove()
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    assert (found[0] - predict(base, network, control(), 0.5)).abs().max() > 1e-4
 
 
 @torch.no_grad()
@@ -111,8 +148,10 @@ def test_saved_and_opened_again(side: Side, base: Base, tmp_path: Path) -> None:
     found, opened = open_side(folder, base)
     assert found is side and not opened.training and not any(p.requires_grad for p in opened.parameters())
     assert all(torch.equal(v, opened.state_dict()[k]) for k, v in network.state_dict().items())
-    ours, theirs = (side.residuals(base, n, query(base.family.name), control()) for n in (network, opened))
-    assert difference(ours, theirs) == 0
+    ours = predict(base, network)
+    with Beside(base, side, opened) as beside:
+        beside.tell(control())
+        assert torch.equal(base.family.predict(base, query(base.family.name)), ours)
 
 
 def test_the_saved_folder_is_plain_and_readable(side: Side, tmp_path: Path) -> None:
@@ -139,7 +178,7 @@ def test_a_network_of_another_family_is_refused(side: Side, base: Base, tmp_path
 
 def test_a_control_picture_of_another_size_is_refused(side: Side, base: Base) -> None:
     with pytest.raises(DataError, match=r"32x32.*64x64"):
-        side.residuals(base, trained(side.name, base.family.name), query(base.family.name), control(side=32))
+        predict(base, trained(side.name, base.family.name), control(side=32))
 
 
 def test_what_is_no_side_network_is_refused(tmp_path: Path) -> None:
@@ -232,20 +271,9 @@ def test_controlnet_draws_what_the_stock_pipeline_draws(base: Base, tmp_path: Pa
     call |= dict(height=64, width=64, latents=torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4)))
     theirs = stock(image=picture, controlnet_conditioning_scale=0.7, **call).images
 
-    def tell(unet: nn.Module, args: tuple[Any, ...], told: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        noisy, t = args
-        extra = told.get("added_cond_kwargs") or {}
-        condition = Condition(told["encoder_hidden_states"], extra.get("text_embeds"))
-        asked = Query(noisy, t.expand(len(noisy)), condition, extra.get("time_ids"))
-        residuals = side.residuals(base, network, asked, picture.expand(len(noisy), -1, -1, -1)) * 0.7
-        added = {"down_block_additional_residuals": residuals.down, "mid_block_additional_residual": residuals.mid}
-        return args, {**told, **added}
-
-    hook = base.denoiser.register_forward_pre_hook(tell, with_kwargs=True)
-    try:
+    with Beside(base, side, network, 0.7) as beside:
+        beside.tell(picture)
         ours = base.pipe(**call).images  # pyright: ignore
-    finally:
-        hook.remove()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert (base.pipe(**call).images - theirs).abs().max() > 1e-2  # pyright: ignore
 
@@ -258,10 +286,10 @@ def test_controlnet_reads_pictures_at_the_bases_own_factor(tmp_path: Path) -> No
     pipe.register_modules(vae=tiny_vae(4))
     pipe.vae_scale_factor = 4
     base, side = Base(pipe, FAMILIES["sd15"], "four").freeze(), TABLE["controlnet"]
-    network = side.create(base)
-    with torch.no_grad():
-        residuals = side.residuals(base, network, query("sd15"), control(side=32))
-    assert not residuals.mid.any()
+    network = side.create(base, side.Options())
+    with torch.no_grad(), Beside(base, side, network) as beside:
+        beside.tell(control(side=32))
+        assert torch.equal(base.family.predict(base, query("sd15")), base.family.predict(base_of("sd15"), query("sd15")))
     side.save(network, tmp_path / "me")
     with pytest.raises(DeltaError, match="4 pixels to a latent"):
         open_side(tmp_path / "me", base_of("sd15"))
@@ -280,4 +308,4 @@ def test_controlnet_of_full_size_counts_what_was_published() -> None:
 def test_config_says_what_it_is(tmp_path: Path) -> None:
     TABLE["controlnet"].save(trained("controlnet", "sd15"), tmp_path / "me")
     config = json.loads((tmp_path / "me" / "config.json").read_text())
-    assert TABLE["controlnet"].recognises(config) and str(tmp_path) not in json.dumps(config)
+    assert TABLE["controlnet"].recognises(tmp_path / "me") and str(tmp_path) not in json.dumps(config)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vgm_peft.cli import Parser
-from vgm_peft.config import Table, Value
+from vgm_peft.config import Table, Value, to_table
 from vgm_peft.errors import ConfigError
-from vgm_peft.stack.recipe import SCHEDULERS, Stack, parse_size
+from vgm_peft.stack.recipe import SCHEDULERS, ControlUse, Stack, parse_size
 
 if TYPE_CHECKING:
     from vgm_peft.family import Base
@@ -38,10 +38,17 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--delta", metavar="FILE[:STRENGTH]", action="append", default=[], help="a trained delta; repeatable")
     parser.add_argument(
         "--control",
-        metavar="FOLDER:IMAGE[:STRENGTH]",
+        metavar="NETWORK:IMAGE[:STRENGTH[:START-END]]",
         action="append",
         default=[],
-        help="a side network and its picture; repeatable",
+        help="a side network and its picture, heard from one share of the steps to another; repeatable",
+    )
+    parser.add_argument(
+        "--image-prompt",
+        metavar="FILE:IMAGE[:STRENGTH]",
+        action="append",
+        default=[],
+        help="a network that draws what another picture shows (an IP-Adapter), and that picture; repeatable",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: 25)")
     parser.add_argument(
@@ -86,9 +93,10 @@ def described(args: argparse.Namespace) -> Stack:
         file, strength = parse_delta(text)
         deltas.append({"file": str(Path(file).absolute()) if args.stack else file, "strength": strength})
     controls: list[Value] = [dict(c) for c in _uses(stack, "controls")]
-    for text in args.control:
-        folder, image, strength = parse_control(text)
-        controls.append({"folder": str(Path(folder).absolute()), "image": str(Path(image).absolute()), "strength": strength})
+    for flag, texts in (("--control", args.control), ("--image-prompt", args.image_prompt)):
+        for use in (parse_control(text, flag) for text in texts):
+            places = {"network": str(Path(use.network).absolute()), "image": str(Path(use.image).absolute())}
+            controls.append({**to_table(use), **places})
     return stack.changed({**table, "deltas": deltas, "controls": controls})
 
 
@@ -122,17 +130,21 @@ def parse_delta(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
-def parse_control(text: str) -> tuple[str, str, float]:
-    """Split `FOLDER:IMAGE[:STRENGTH]`; the colon of a drive letter (`C:\\` or `C:/`) does not split. Raises `ConfigError`."""
+def parse_control(text: str, flag: str = "--control") -> ControlUse:
+    """Split `NETWORK:IMAGE[:STRENGTH[:START-END]]`; the colon of a drive letter (`C:\\` or `C:/`) does not split.
+
+    Raises `ConfigError`.
+    """
     fields = re.findall(r"(?:[A-Za-z]:(?=[\\/]))?[^:]+", text)
-    try:
-        if len(fields) == 3:
-            return fields[0], fields[1], float(fields[2])
-        if len(fields) == 2:
-            return fields[0], fields[1], 1.0
-    except ValueError:
-        pass
-    raise ConfigError(f'--control "{text}"', expected="FOLDER:IMAGE or FOLDER:IMAGE:STRENGTH")
+    span = fields[3].split("-") if len(fields) == 4 else ["0", "1"]
+    if 2 <= len(fields) <= 4 and len(span) == 2:
+        try:
+            strength, start, end = (float(number) for number in (fields[2] if len(fields) > 2 else "1", *span))
+        except ValueError:
+            pass
+        else:
+            return ControlUse(network=fields[0], image=fields[1], strength=strength, start=start, end=end)
+    raise ConfigError(f'{flag} "{text}"', expected="NETWORK:IMAGE, NETWORK:IMAGE:STRENGTH or NETWORK:IMAGE:STRENGTH:START-END")
 
 
 class Places:

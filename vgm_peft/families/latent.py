@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vgm_peft.families.layout import Layout
 from vgm_peft.families.spelling import unet_spellings
-from vgm_peft.family import Base, Family, KeyTable, Posterior, Query, Residuals
+from vgm_peft.family import Base, Family, KeyTable, Posterior, Query
 from vgm_peft.site import Site
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class UNetFamily(Family):
             layout.write(folder, self.pipelines[0])
         return layout is not None
 
-    def predict(self, base: Base, query: Query, side: Residuals | None = None) -> Tensor:
+    def predict(self, base: Base, query: Query) -> Tensor:
         """Call the U-Net; inputs are cast to its dtype."""
         unet = cast(Any, base.denoiser)
         dtype = next(base.denoiser.parameters()).dtype
@@ -90,8 +90,6 @@ class UNetFamily(Family):
             query.t,
             encoder_hidden_states=query.condition.hidden.to(dtype),
             added_cond_kwargs=self.extra(base, query),
-            down_block_additional_residuals=None if side is None else side.down,
-            mid_block_additional_residual=None if side is None else side.mid,
             return_dict=False,
         )[0]
 

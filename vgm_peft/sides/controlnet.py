@@ -5,16 +5,18 @@ folder are diffusers' own `ControlNetModel`.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from vgm_peft.errors import DataError, DeltaError
-from vgm_peft.family import Base, Query, Residuals
+from vgm_peft.errors import DeltaError
+from vgm_peft.family import Base
 from vgm_peft.folders import check_component, check_whole, first_line, read_json, replace_folder
-from vgm_peft.side import Side
+from vgm_peft.side import Features, Side, Speaker, check_size, class_of, question
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -32,12 +34,21 @@ LAYOUT = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ControlNetOptions:
+    """What may be chosen when one is made."""
+
+    network: Literal["controlnet"] = "controlnet"
+
+
 class ControlNet(Side):
     """diffusers' ControlNetModel beside a U-Net."""
 
     name: ClassVar[str] = "controlnet"
+    Options: ClassVar[type] = ControlNetOptions
+    guesses: ClassVar[bool] = True
 
-    def create(self, base: Base, seed: int = 0) -> "ControlNetModel":
+    def create(self, base: Base, options: object = None, seed: int = 0) -> "ControlNetModel":
         """Copy the base's encoder, in float32 and training mode; only the control picture's encoder depends on `seed`."""
         from diffusers import ControlNetModel
 
@@ -47,51 +58,72 @@ class ControlNet(Side):
             network = ControlNetModel.from_unet(cast(Any, base.denoiser), conditioning_embedding_out_channels=widths)
         return _to(network.float(), base.device).requires_grad_(True).train()
 
-    def recognises(self, config: Mapping[str, Any]) -> bool:
-        """Say whether a configuration names diffusers' ControlNetModel."""
-        return config.get("_class_name") == CLASS
+    def recognises(self, place: Path) -> bool:
+        """Say whether a folder's configuration names diffusers' ControlNetModel."""
+        return class_of(place) == CLASS
 
-    def load(self, folder: Path, base: Base) -> "ControlNetModel":
+    def load(self, place: Path, base: Base) -> "ControlNetModel":
         """Load a diffusers folder, frozen, on the base's device and dtype.
 
         Raises `DeltaError` when it was made for another kind of base: other blocks, other tokens, another latent size.
         """
         from diffusers import ControlNetModel
 
-        check_component(folder)
-        _check_fit(read_json(folder / "config.json"), base, folder)
+        check_component(place)
+        _check_fit(read_json(place / "config.json"), base, place)
         dtype = next(base.denoiser.parameters()).dtype
         try:
-            network = ControlNetModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=dtype)
+            network = ControlNetModel.from_pretrained(place, use_safetensors=True, local_files_only=True, dtype=dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise DeltaError(f"{folder}: cannot be loaded ({first_line(error)})", fix="fetch or copy it anew") from error
-        check_whole(network, folder)
+            raise DeltaError(f"{place}: cannot be loaded ({first_line(error)})", fix="fetch or copy it anew") from error
+        check_whole(network, place)
         return _to(network, base.device).requires_grad_(False).eval()
 
-    def save(self, network: nn.Module, folder: Path) -> None:
+    def save(self, network: nn.Module, place: Path) -> Path:
         """Write the diffusers folder; one that stood there before is replaced only when the new one is whole."""
-        with replace_folder(folder, owned=lambda old: self.recognises(read_json(old / "config.json"))) as aside:
+        with replace_folder(place, owned=self.recognises) as aside:
             cast("ControlNetModel", network).save_pretrained(aside, safe_serialization=True)
+        return place
 
-    def residuals(self, base: Base, network: nn.Module, query: Query, control: Tensor) -> Residuals:
-        """Run the network; inputs are cast to its dtype and what it adds to the base's."""
-        height, width = (side * base.latent_factor for side in query.noisy.shape[-2:])
-        if control.shape[-2:] != (height, width):
-            raise DataError(
-                f"a control picture of {control.shape[-1]}x{control.shape[-2]} pixels",
-                expected=f"{width}x{height}, like the picture",
-            )
+    def read(self, base: Base, network: nn.Module, pictures: Tensor) -> Features:
+        """The pictures themselves: the network reads them together with the noise."""
+        return (pictures,)
+
+    def join(self, base: Base, network: nn.Module, speaker: Speaker) -> list[RemovableHandle]:
+        """One hook: the network is asked what the denoiser is asked, and its residuals go to the skips and the middle."""
         dtype = next(network.parameters()).dtype
-        down, mid = network(
-            query.noisy.to(dtype),
-            query.t,
-            encoder_hidden_states=query.condition.hidden.to(dtype),
-            controlnet_cond=control.to(dtype),
-            added_cond_kwargs=base.family.extra(base, query),
-            return_dict=False,
-        )
-        theirs = next(base.denoiser.parameters()).dtype
-        return Residuals(tuple(d.to(theirs) for d in down), mid.to(theirs))
+
+        def add(unet: nn.Module, args: tuple[Any, ...], told: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            noisy, t = question(args, told)
+            heard = speaker.heard(len(noisy), t)
+            if heard is None:
+                return None
+            (control,) = heard.features
+            check_size(base, control, noisy)
+            extra = told.get("added_cond_kwargs")
+            hidden = told["encoder_hidden_states"] if len(args) < 3 else args[2]
+            down, mid = network(
+                heard.told(noisy).to(dtype),
+                heard.told(t) if t.dim() else t,
+                encoder_hidden_states=heard.told(hidden).to(dtype),
+                controlnet_cond=control.to(dtype),
+                added_cond_kwargs=None if extra is None else {name: heard.told(v) for name, v in extra.items()},
+                return_dict=False,
+            )
+            shares = _shares(len(down) + 1) if heard.half else [1.0] * (len(down) + 1)
+            placed = [heard.placed(r.to(noisy.dtype), heard.strength * s) for r, s in zip((*down, mid), shares, strict=True)]
+            before = told.get("down_block_additional_residuals")  # of another one, whose hook came first
+            if before is not None:
+                placed = [new + old for new, old in zip(placed, (*before, told["mid_block_additional_residual"]), strict=True)]
+            told |= {"down_block_additional_residuals": tuple(placed[:-1]), "mid_block_additional_residual": placed[-1]}
+            return args, told
+
+        return [base.denoiser.register_forward_pre_hook(add, with_kwargs=True)]
+
+
+def _shares(count: int) -> list[float]:
+    """The shares of guess mode, as its authors' code has them: 1 in the middle, less with every layer before it."""
+    return [0.825 ** (count - 1 - i) for i in range(count)]
 
 
 def _to(network: "ControlNetModel", device: torch.device) -> "ControlNetModel":

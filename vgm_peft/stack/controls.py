@@ -1,17 +1,20 @@
-"""The side networks of a stack: opened, given their pictures, and carried by the stock pipeline that takes them."""
+"""The side networks of a stack: opened, put beside the base, and shown their pictures."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
+from vgm_peft.beside import Beside
 from vgm_peft.errors import DataError
 from vgm_peft.family import Base
+from vgm_peft.side import Side
 from vgm_peft.stack.recipe import ControlUse, Stack
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
     from PIL import Image
 
 MAX_PIXELS = 64_000_000
@@ -19,41 +22,67 @@ MAX_PIXELS = 64_000_000
 
 
 @dataclass(frozen=True)
-class Control:
-    """A side network ready to run: the module, its picture, its strength."""
+class _Control:
+    """One side network of a stack, with all that was read for it."""
 
+    use: ControlUse
+    side: Side
     network: nn.Module
     picture: "Image.Image"
-    strength: float
+    mask: "Image.Image | None"
 
 
-def open_controls(base: Base, stack: Stack) -> list[Control]:
-    """Open what the stack names, leaving out what has strength 0. Raises `DeltaError` or `DataError`."""
-    uses = [use for use in stack.controls if use.strength != 0.0]
-    return [Control(_open(stack, use, base), read_picture(stack.path(use.image)), use.strength) for use in uses]
+class Controls:
+    """The side networks of a stack. Opening reads and checks everything; `put_on` has the base hear them."""
+
+    def __init__(self, base: Base, stack: Stack) -> None:
+        """Open what the stack names, leaving out what would never be heard. Raises `DeltaError` or `DataError`."""
+        self._base = base
+        self._all = [_read(base, stack, use) for use in stack.controls if use.strength != 0.0 and use.start < use.end]
+        self._besides: list[Beside] = []
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The networks."""
+        return [control.network for control in self._all]
+
+    def put_on(self) -> None:
+        """Put all of them beside the base; they are silent until `show`."""
+        for control in self._all:
+            use = control.use
+            span = (use.start, use.end)
+            self._besides.append(Beside(self._base, control.side, control.network, use.strength, span=span, guess=use.guess))
+
+    @torch.no_grad()
+    def show(self, width: int, height: int) -> None:
+        """Tell every network its picture, brought to the size in pixels that is drawn now where it must have that size."""
+        for control, beside in zip(self._all, self._besides, strict=True):
+            beside.tell(
+                pixels_of(control.picture, (width, height) if control.side.paired else None).to(self._base.device)[None]
+            )
+            if control.mask is not None:
+                beside.mask = pixels_of(control.mask, (width, height)).to(self._base.device).mean(0, keepdim=True)[None]
+
+    def remove(self) -> None:
+        """Take all of them away."""
+        while self._besides:
+            self._besides.pop().remove()
 
 
-def _open(stack: Stack, use: ControlUse, base: Base) -> nn.Module:
+def _read(base: Base, stack: Stack, use: ControlUse) -> _Control:
     from vgm_peft.sides import open_side
 
-    return open_side(stack.path(use.folder), base)[1]
+    mask = read_picture(stack.path(use.mask)) if use.mask else None
+    return _Control(use, *open_side(stack.path(use.network), base), read_picture(stack.path(use.image)), mask)
 
 
-def carrying(base: Base, controls: list[Control]) -> "tuple[DiffusionPipeline, dict[str, Any]]":
-    """Return the stock pipeline that runs the base with these side networks, and the arguments it wants for them.
+def pixels_of(picture: "Image.Image", size: tuple[int, int] | None) -> Tensor:
+    """Return a picture as (3, P, Q) in 0 .. 1, at a size (width, height) where one is asked for, as diffusers resizes."""
+    from PIL import Image
 
-    Without any it is the base's own. The new pipeline shares every component; nothing is copied, cast or moved.
-    """
-    if not controls:
-        return base.pipe, {}
-    from diffusers import AutoPipelineForText2Image
-
-    # `DiffusionPipeline.from_pipe` would cast everything to float32; the automatic one leaves components alone.
-    networks = [c.network for c in controls]
-    make = cast(Any, AutoPipelineForText2Image).from_pipe
-    pipe = make(base.pipe, controlnet=networks, requires_safety_checker=False)
-    arguments = {"image": [c.picture for c in controls], "controlnet_conditioning_scale": [c.strength for c in controls]}
-    return cast("DiffusionPipeline", pipe), arguments
+    if size is not None and picture.size != size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255.0).permute(2, 0, 1)
 
 
 def read_picture(path: Path) -> "Image.Image":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vgm_peft.errors import DeltaError
 from vgm_peft.picture import label
-from vgm_peft.stack.recipe import Stack, folder_sha256, sha256
+from vgm_peft.stack.recipe import Stack, network_sha256, sha256
 
 MAX_FILES = 10_000
 DEPTH = 4
@@ -49,12 +49,17 @@ def locate(stack: Stack, folders: Sequence[Path]) -> Stack:
     controls = tuple(
         replace(
             c,
-            folder=str(_match(c.folder, c.folder_digest, networks)),
-            image=str(_match(c.image, c.image_digest, [p for folder in folders for p in sorted(folder.rglob(c.image))])),
+            network=str(_match(c.network, c.network_digest, [*networks, *files])),
+            image=_picture(c.image, c.image_digest, folders),
+            mask=_picture(c.mask, c.mask_digest, folders) if c.mask else "",
         )
         for c in stack.controls
     )
     return replace(stack, deltas=deltas, controls=controls)
+
+
+def _picture(name: str, digest: str, folders: Sequence[Path]) -> str:
+    return str(_match(name, digest, [p for folder in folders for p in sorted(folder.rglob(name))]))
 
 
 def _match(name: str, digest: str, places: Sequence[Path]) -> Path:
@@ -62,7 +67,7 @@ def _match(name: str, digest: str, places: Sequence[Path]) -> Path:
     if not digest and named:
         return named[0].absolute()
     for path in (*named, *(p for p in places if p not in named)):
-        if digest == (folder_sha256(path) if path.is_dir() else sha256(path)):
+        if digest == (network_sha256(path) if path.is_dir() else sha256(path)):
             return path.absolute()
     raise DeltaError(
         f'"{name}" ({digest[:12] or "no digest"}) is in none of the folders searched', fix="name the folder that holds it"

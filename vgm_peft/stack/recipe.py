@@ -57,23 +57,36 @@ class DeltaUse:
 class ControlUse:
     """One side network of a stack, with the picture it looks at."""
 
-    folder: str
-    """Path of the network's diffusers folder."""
+    network: str
+    """Path of the network's folder or file."""
     image: str
-    """Path of the control picture."""
+    """Path of the picture it looks at."""
     strength: float = 1.0
     """Factor on what the network adds; 0 is the same as leaving it out, bit for bit."""
-    folder_digest: str = ""
+    start: float = 0.0
+    """From which share of the steps it is heard, 0 .. 1."""
+    end: float = 1.0
+    """Until which."""
+    mask: str = ""
+    """Path of a picture that is white where the network is heard; everywhere without one."""
+    guess: bool = False
+    """Whether the half without the prompt does not hear it, for pictures from the control alone (ControlNets)."""
+    network_digest: str = ""
     """SHA-256 over the network's files; checked where given."""
     image_digest: str = ""
     """SHA-256 of the control picture's file; checked where given."""
+    mask_digest: str = ""
+    """SHA-256 of the mask's file; checked where given."""
 
     def __post_init__(self) -> None:
-        _text("controls.folder", self.folder, 1, 4096)
+        _text("controls.network", self.network, 1, 4096)
         _text("controls.image", self.image, 1, 4096)
-        _number(f"strength of {self.folder}", self.strength, -100.0, 100.0)
-        _hex("controls.folder_digest", self.folder_digest)
-        _hex("controls.image_digest", self.image_digest)
+        _text("controls.mask", self.mask, 0, 4096)
+        _number(f"strength of {self.network}", self.strength, -100.0, 100.0)
+        _number(f"start of {self.network}", self.start, 0.0, 1.0)
+        _number(f"end of {self.network}", self.end, self.start, 1.0)
+        for name in ("network_digest", "image_digest", "mask_digest"):
+            _hex(f"controls.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +188,9 @@ class Stack:
         controls = tuple(
             replace(
                 c,
-                folder_digest=self._checked(c.folder, folder_sha256(self.path(c.folder)), c.folder_digest),
+                network_digest=self._checked(c.network, network_sha256(self.path(c.network)), c.network_digest),
                 image_digest=self._checked(c.image, sha256(self.path(c.image)), c.image_digest),
+                mask_digest=self._checked(c.mask, sha256(self.path(c.mask)), c.mask_digest) if c.mask else "",
             )
             for c in self.controls
         )
@@ -218,11 +232,15 @@ def sha256(path: Path) -> str:
         raise DeltaError(f"{path}: cannot be read ({error.strerror})", fix="check the path") from None
 
 
-def folder_sha256(folder: Path) -> str:
-    """SHA-256 over the names and bytes of the configuration and weights in a network's folder, in hex."""
+def network_sha256(folder: Path) -> str:
+    """SHA-256 of a network's file, or over the names and bytes of the configuration and weights in its folder, in hex."""
+    if folder.is_file():
+        return sha256(folder)
     files = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".json"))
     if not files:
-        raise DeltaError(f"{folder}: no network there", expected="a diffusers folder with config.json and .safetensors weights")
+        raise DeltaError(
+            f"{folder}: no network there", expected="a .safetensors file, or a folder with config.json and weights"
+        )
     return hashlib.sha256("".join(f"{p.name}:{sha256(p)}\n" for p in files).encode()).hexdigest()
 
 

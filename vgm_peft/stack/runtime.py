@@ -14,15 +14,15 @@ from vgm_peft.delta import Delta
 from vgm_peft.errors import BaseModelError, DeltaError
 from vgm_peft.family import Base
 from vgm_peft.stack import handle as one
-from vgm_peft.stack.controls import carrying, open_controls
+from vgm_peft.stack.controls import Controls
 from vgm_peft.stack.recipe import Stack
 
 
 class Applied:
     """A stack on a base. A context manager; `remove` (idempotent) gives the base back bit for bit.
 
-    `pipe` is the stock diffusers pipeline to call (the base's own, or one that carries the side networks), `arguments`
-    what a call of it needs besides prompt and sampling, `deltas` the deltas by their names in the stack.
+    The base's own stock pipeline then draws what the stack says, once `controls` were shown the size; `deltas` are the
+    deltas by their names in the stack.
     """
 
     def __init__(self, base: Base, stack: Stack, *, given: Mapping[str, Delta] | None = None, fuse: bool = True) -> None:
@@ -35,11 +35,12 @@ class Applied:
         self.deltas = {file: self._read(file, given or {}) for file, _ in uses}
         self.notices: list[str] = []
         """What the user should know."""
-        controls = open_controls(base, stack)
+        self.controls = Controls(base, stack)
+        self._undo.append(self.controls)
         try:
             self._put_on(uses, fuse)
-            self._put_words([control.network for control in controls])
-            self.pipe, self.arguments = carrying(base, controls)
+            self._put_words(self.controls.networks)
+            self.controls.put_on()
         except BaseException:
             self.remove()
             raise

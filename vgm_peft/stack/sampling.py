@@ -89,14 +89,14 @@ def draw(applied: Applied, record: Stack, on_step: OnStep | None = None) -> Iter
         "width": width,
         "height": height,
         "output_type": "np",
-        **applied.arguments,
     }
-    with fitting_threads(base.denoiser), _dressed(applied.pipe, scheduler_for(base, stack.scheduler)):
+    applied.controls.show(width, height)
+    with fitting_threads(base.denoiser), _dressed(base.pipe, scheduler_for(base, stack.scheduler)):
         arguments |= base.family.prompting(base, stack.prompt, stack.negative)
         for i in range(stack.count):
             watch = _Watch(base, on_step, i + 1, stack.count, stack.steps)
             generator = torch.Generator("cpu").manual_seed(stack.seed + i)
-            pipe = cast(Any, applied.pipe)
+            pipe = cast(Any, base.pipe)
             pixels = pipe(**arguments, generator=generator, callback_on_step_end=watch).images[0]
             if watch.stopped:
                 return

@@ -106,7 +106,7 @@ class Engine:
             controls: tuple[ControlUse, ...] = ()
             if control is not None:
                 folder = _by_name(control[0], self.networks(), "control network")
-                controls = (ControlUse(folder=str(folder.absolute()), image=str(control[1]), strength=control[2]),)
+                controls = (ControlUse(network=str(folder.absolute()), image=str(control[1]), strength=control[2]),)
             full = replace(stack, base=self.settings.base, deltas=tuple(uses), controls=controls)
             notices: list[str] = []
             pictures = generate(base, full, on_step, given=given, tell=notices.append)

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vgm_peft.family import Base, Condition, Query, Residuals
+from vgm_peft.family import Base, Condition, Query
 from vgm_peft.process import Process
 from vgm_peft.train.config_learning import LossConfig
 from vgm_peft.train.losses import averaged, errors, timesteps, weights
 from vgm_peft.train.task import Turn
 
-Side = Callable[[Query], Residuals]
-"""What a side network adds, given the question that the denoiser gets."""
 Teacher = Callable[[Query, Tensor], Tensor]
 """What the network should answer, given the question and the usual target: for those that are to answer as another does."""
 
@@ -62,7 +60,6 @@ class Objective:
         lesson: Lesson,
         turn: Turn,
         *,
-        side: Side | None = None,
         teacher: Teacher | None = None,
         purpose: str = "noise",
     ) -> Tensor:
@@ -81,7 +78,7 @@ class Objective:
         target = self.process.target(x0, noise, t)
         if teacher is not None:  # first, so that what follows the timestep is left as the question of the loss has it
             target = teacher(query, target)
-        prediction = self.base.family.predict(self.base, query, None if side is None else side(query))
+        prediction = self.base.family.predict(self.base, query)
         error = averaged(errors(prediction, target, t, self.process, self.config), lesson.mask)
         weight = weights(t, self.process, self.config)
         return error if weight is None else error * weight

@@ -31,11 +31,6 @@ class Previews:
         self.config: RunConfig = setup.config
         self.drawn: list[Path] = []
 
-    def due(self, step: int) -> bool:
-        """Whether to draw after `step` steps."""
-        every = self.config.preview.every
-        return every > 0 and step % every == 0
-
     def prompts(self) -> Sequence[str]:
         """What is drawn: the prompts of the configuration, or the task's own."""
         with self.task.preview() as preview:
@@ -51,9 +46,9 @@ class Previews:
         with easel(self.task, self.setup) as (preview, pipe):
             prompts = plan.prompts or tuple(preview.prompts)
             for i in range(plan.count):
-                extra = {name: values[i % len(values)] for name, values in preview.extra.items()}
+                preview.before(i)
                 how = Drawing(seed=self.config.seed + i, steps=plan.steps, guidance=plan.guidance)
-                picture = draw(pipe, self.setup.base, [prompts[i % len(prompts)]], how, extra)[0]
+                picture = draw(pipe, self.setup.base, [prompts[i % len(prompts)]], how)[0]
                 self._save(picture, self.folder / f"step-{step:06d}-{i}.png")
 
     def _save(self, picture: Tensor, path: Path) -> None:

@@ -1,6 +1,6 @@
 """How a run draws (class pictures, previews, pictures to be scored): a sampler put on a pipeline for a while, and a call."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -41,10 +41,10 @@ class Drawing:
     """`None`: the base's own."""
 
 
-def draw(pipe: Any, base: Base, prompts: Sequence[str], how: Drawing, extra: Mapping[str, Any] | None = None) -> Tensor:
+def draw(pipe: Any, base: Base, prompts: Sequence[str], how: Drawing) -> Tensor:
     """Draw prompts in one call of a pipeline that has the sampler: (B, P, Q, 3) uint8 on the CPU.
 
-    `extra` are further arguments of the call. Decoded by the family, since the VAE may be in another precision than what
+    Decoded by the family, since the VAE may be in another precision than what
     sampled, and one by one, since that is where most memory is used.
     """
     chance = [torch.Generator().manual_seed(how.seed + i) for i in range(len(prompts))]
@@ -54,7 +54,6 @@ def draw(pipe: Any, base: Base, prompts: Sequence[str], how: Drawing, extra: Map
         guidance_scale=base.guidance(how.guidance),
         generator=chance if len(prompts) > 1 else chance[0],
         output_type="latent",
-        **(extra or {}),
     ).images
     pixels = torch.cat([base.family.decode(base, one) for one in latents.split(1)]).float().permute(0, 2, 3, 1) / 2 + 0.5
     return (pixels.clamp(0, 1).nan_to_num() * 255).round().to(torch.uint8).cpu()

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -156,8 +156,8 @@ class Preview:
 
     pipe: "DiffusionPipeline"
     prompts: Sequence[str]
-    extra: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
-    """Further arguments of the pipeline's call, one value for each picture in turn (`image` for a ControlNet)."""
+    before: Callable[[int], None] = lambda number: None
+    """What is to be done before the picture of a number is drawn, counted from 0."""
 
 
 class Task(ABC, Generic[Batch]):

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from vgm_peft.errors import ConfigError, nearest
+from vgm_peft.sides import TABLE as SIDES
 from vgm_peft.train.task import Task
-from vgm_peft.train.tasks.controlnet import ControlNet
+from vgm_peft.train.tasks.control import Control
 from vgm_peft.train.tasks.dreambooth import DreamBooth
 from vgm_peft.train.tasks.finetune import FineTune
 from vgm_peft.train.tasks.inversion import TextualInversion
 
-TABLE: Mapping[str, type[Task[Any]]] = {task.name: task for task in (DreamBooth, FineTune, TextualInversion, ControlNet)}
+_CONTROLS = [Control.of(side) for side in SIDES.values()]
+TABLE: Mapping[str, type[Task[Any]]] = {task.name: task for task in (DreamBooth, FineTune, TextualInversion, *_CONTROLS)}
 
 
 def task_named(name: str) -> type[Task[Any]]:

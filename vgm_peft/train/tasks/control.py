@@ -1,21 +1,22 @@
-"""A network beside the base that learns to follow a control picture, from pairs of them (Zhang et al., arXiv 2302.05543)."""
+"""A network beside the base that learns to be heard: what a picture shows follows a second picture, or is like it.
+
+One task for the whole table of side networks; its name is the network's, its options are the network's own. Pairs of
+pictures teach most of them (Zhang et al. 2023, arXiv 2302.05543); those that are taught by the picture itself need no more.
+"""
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self, cast
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from vgm_peft.data import Source, load_control
-from vgm_peft.family import Base, Query, Residuals
+from vgm_peft.beside import Beside
+from vgm_peft.data import Source, load_control, load_pixels
+from vgm_peft.family import Base
 from vgm_peft.side import Side
-from vgm_peft.sides import side_named
-from vgm_peft.stack.controls import Control, carrying
 from vgm_peft.train.config import RunConfig
 from vgm_peft.train.manifest import digest_of_examples
 from vgm_peft.train.objective import Lesson, Objective
@@ -27,14 +28,6 @@ KEPT_BYTES = 2**30
 PREVIEWS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class ControlNetOptions:
-    """`[task]` of a run that trains a side network."""
-
-    network: str = "controlnet"
-    """A line of the sides table."""
-
-
 @dataclass(frozen=True)
 class Pair:
     """Pictures and what steers them, (B, 3, P, Q) in 0 .. 1."""
@@ -44,38 +37,43 @@ class Pair:
 
 
 @dataclass
-class ControlNet(Task[Pair]):
-    """A side network on paired pictures."""
+class Control(Task[Pair]):
+    """A side network on pictures and what steers them; `of` makes it the task of one kind of them."""
 
-    name: ClassVar[str] = "controlnet"
-    Options: ClassVar[type] = ControlNetOptions
     trains_delta: ClassVar[bool] = False
+    side: ClassVar[Side]
 
     config: RunConfig
     base: Base
-    side: Side
     network: nn.Module
+    beside: Beside
     pictures: Pictures
     prompts: Prompts
     objective: Objective
     kept: dict[Cut, Tensor] = field(default_factory=dict[Cut, Tensor])
 
     @classmethod
+    def of(cls, side: Side) -> "type[Control]":
+        """Return the task that trains a side network of this kind."""
+        return cast("type[Control]", type(side.name, (cls,), {"side": side, "name": side.name, "Options": side.Options}))
+
+    @classmethod
     def sources(cls, config: RunConfig) -> tuple[Source, ...]:
-        """Every picture must have one that steers."""
-        return tuple(replace(source, require_controls=True) for source in super().sources(config))
+        """Every picture must have one that steers, where the network is taught by pairs."""
+        return tuple(replace(source, require_controls=cls.side.paired) for source in super().sources(config))
 
     @classmethod
     def prepare(cls, setup: Setup) -> Self:
         """Cache latents and prompts, and make the network."""
-        side = side_named(setup.options(ControlNetOptions).network)
         pictures = Pictures(setup.report.examples, setup)
         prompts = Prompts(pictures.captions(), setup, live=False)
-        network = side.create(setup.base, setup.config.seed)
+        network = cls.side.create(setup.base, setup.options(cls.Options), setup.config.seed)
         if setup.config.compute.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
         setup.rest(False)
-        return cls(setup.config, setup.base, side, network, pictures, prompts, Objective.of(setup.base, setup.config.loss))
+        beside = setup.cleanup.enter_context(Beside(setup.base, cls.side, network))
+        objective = Objective.of(setup.base, setup.config.loss)
+        return cls(setup.config, setup.base, network, beside, pictures, prompts, objective)
 
     def groups(self) -> list[Group]:
         """The network's parameters; its first-level modules are what must move."""
@@ -93,32 +91,25 @@ class ControlNet(Task[Pair]):
 
     def loss(self, batch: Pair, turn: Turn) -> Tensor:
         """The mean over the pictures, of the base with what the network adds."""
-
-        def side(query: Query) -> Residuals:
-            return self.side.residuals(self.base, self.network, query, batch.control)
-
         shown = batch.shown
+        self.beside.tell(batch.control)
         condition = self.prompts(shown.captions)
-        return self.objective.losses(Lesson(shown.x0, condition, shown.sizes, shown.mask), turn, side=side).mean()
+        return self.objective.losses(Lesson(shown.x0, condition, shown.sizes, shown.mask), turn).mean()
 
     def save(self, folder: Path) -> Path:
-        """Write the network's diffusers folder."""
-        path = folder / self.side.name
-        self.side.save(self.network, path)
-        return path
+        """Write the network in its own layout."""
+        return self.side.save(self.network, folder / self.side.name)
 
     @contextmanager
     def preview(self) -> Generator[Preview]:
         """The first captions and control pictures of the data."""
+        examples = self.pictures.examples[:PREVIEWS]
+        shown = [self._upright(i) for i in range(len(examples))]
         self.network.eval()
         try:
-            examples = self.pictures.examples[:PREVIEWS]
-            controls = [self._picture(i) for i in range(len(examples))]
-            pipe, arguments = carrying(self.base, [Control(self.network, controls[0], 1.0)])
-            extra: dict[str, list[Any]] = {name: [value] for name, value in arguments.items()}
-            extra["image"] = [[control] for control in controls]
-            yield Preview(pipe, [e.caption for e in examples], extra)
+            yield Preview(self.base.pipe, [e.caption for e in examples], lambda i: self.beside.tell(shown[i % len(shown)]))
         finally:
+            self.beside.hush()
             self.network.train()
 
     def facts(self) -> Mapping[str, object]:
@@ -130,12 +121,17 @@ class ControlNet(Task[Pair]):
         """One control picture, (3, P, Q) uint8."""
         kept = self.kept.get(cut)
         if kept is None:
-            floats = load_control(self.pictures.examples[cut.example], cut.crop, cut.flip)
+            example = self.pictures.examples[cut.example]
+            if self.side.paired:
+                floats = load_control(example, cut.crop, cut.flip)
+            else:
+                floats = (load_pixels(example, cut.crop, cut.flip) + 1.0) / 2.0
             kept = (floats * 255.0).round().to(torch.uint8)
             if (len(self.kept) + 1) * kept.numel() <= KEPT_BYTES:
                 self.kept[cut] = kept
         return kept
 
-    def _picture(self, index: int) -> Image.Image:
+    def _upright(self, index: int) -> Tensor:
+        """What steers a picture as it is drawn in a preview, (1, 3, P, Q) in 0 .. 1."""
         crop = next(view.crops[0] for view in self.pictures.views if view.example == index)
-        return Image.fromarray(np.ascontiguousarray(self._control(Cut(index, crop, False)).permute(1, 2, 0).numpy()))
+        return self._control(Cut(index, crop, False))[None].to(self.pictures.device).float().div_(255.0)
