@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.train.forge import Forge
@@ -20,16 +21,15 @@ ROUND = 10
 """Kills for one uninterrupted run to compare with."""
 
 
-def kill(times: int, seed: int) -> None:
-    """Kill `times` times, in rounds over all settings."""
+def kill(times: int, seed: int, names: Sequence[str]) -> None:
+    """Kill `times` times, in rounds over the settings of these names."""
     done = 0
     with tempfile.TemporaryDirectory() as folder, Forge(Path(folder, "log.txt")) as forge:
         pictures = paired_pictures(Path(folder, "me"))
         for number in itertools.count():
-            name, settings = list(SETTINGS.items())[number % len(SETTINGS)]
-            place = Path(folder, str(number))
+            name, place = names[number % len(names)], Path(folder, str(number))
 
-            def make(output: str, settings: Table = settings, place: Path = place) -> RunConfig:
+            def make(output: str, settings: Table = SETTINGS[name], place: Path = place) -> RunConfig:
                 places: Table = {"data": {"images": str(pictures)}, "output": str(place / output), "task": {"name": "finetune"}}
                 return bind(merge(SMALL, places, OWN["finetune"], settings))
 
@@ -48,9 +48,10 @@ def main() -> int:
     parser.add_argument("what", choices=["kill"])
     parser.add_argument("--times", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", choices=SETTINGS, help="one of the settings instead of all in turn; scored: a best step too")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    kill(args.times, args.seed)
+    kill(args.times, args.seed, [args.only] if args.only else list(SETTINGS))
     return 0
 
 

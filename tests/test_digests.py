@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -17,6 +21,8 @@ from vgm_peft.train.seal import check, seal
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is remembered there")
 LIE = "f" * 64
+FACTS = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino", "st_dev")
+"""What tells one file, as it is, from every other."""
 
 
 @pytest.fixture
@@ -55,12 +61,65 @@ def test_what_is_remembered_is_not_read_again(weights: Path, monkeypatch: pytest
 def test_small_files_and_young_ones_are_always_read(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digests, "LARGE", LARGE)
     assert digests_of([weights]) == truth(weights) and not Memory().folder.exists()
+    Memory().remember(weights, weights.stat(), LIE)  # as if it had been large once
+    assert digests_of([weights]) == truth(weights)
+    Memory().entry(weights).unlink()
+    Memory().folder.rmdir()
     weights.write_bytes(bytes(LARGE))
     monkeypatch.setattr(digests, "YOUNG", 2_000_000_000)
     monkeypatch.setattr("time.time_ns", lambda: weights.stat().st_ctime_ns + 1_999_999_999)
     assert digests_of([weights]) == truth(weights) and not Memory().folder.exists()
     monkeypatch.setattr("time.time_ns", lambda: weights.stat().st_ctime_ns + 2_000_000_000)
     assert digests_of([weights]) == truth(weights) == [Memory().recall(weights)]
+
+
+@pytest.mark.parametrize("ahead", [-10, 10])
+def test_a_file_is_as_young_as_its_latest_change(ahead: int, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be that of its content, as anybody may date it, or of anything else of it."""
+    monkeypatch.setattr(digests, "YOUNG", 2_000_000_000)
+    os.utime(weights, ns=(0, weights.stat().st_ctime_ns + ahead * 10**9))
+    facts = weights.stat()
+    latest = max(facts.st_mtime_ns, facts.st_ctime_ns)
+    for age, known in ((1_999_999_999, None), (2_000_000_000, truth(weights)[0])):
+        monkeypatch.setattr("time.time_ns", lambda age=age: latest + age)
+        assert digests_of([weights]) == truth(weights) and Memory().recall(weights) == known
+
+
+def test_a_file_does_not_grow_old_while_it_is_read(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may change in the very tick in which its reading began; when the reading ends is nothing to the point."""
+    clock = [weights.stat().st_ctime_ns]
+    monkeypatch.setattr(digests, "YOUNG", 2_000_000_000)
+    monkeypatch.setattr("time.time_ns", lambda: clock[0])
+
+    @contextmanager
+    def slow(total: int) -> Generator[Callable[[int], None]]:
+        yield lambda count: clock.append(clock.pop() + 10**10)
+
+    monkeypatch.setattr(digests, "_progress", slow)
+    assert digests_of([weights]) == truth(weights) and clock[0] >= weights.stat().st_ctime_ns + 10**10
+    assert Memory().recall(weights) is None
+
+
+def test_a_file_that_changes_while_it_is_read_is_hashed_anew(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def changing(total: int) -> Generator[Callable[[int], None]]:
+        yield lambda count: os.truncate(weights, weights.stat().st_size - 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "_progress", changing)
+        before = truth(weights)
+        assert digests_of([weights]) == before != truth(weights)
+    assert Memory().recall(weights) is None and digests_of([weights]) == truth(weights)
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_what_is_remembered_holds_for_a_file_of_exactly_these_facts(fact: str, weights: Path) -> None:
+    facts = {name: getattr(weights.stat(), name) for name in FACTS}
+    Memory().remember(weights, cast("os.stat_result", SimpleNamespace(**facts)), LIE)
+    assert digests_of([weights]) == [LIE]
+    facts[fact] += 1
+    Memory().remember(weights, cast("os.stat_result", SimpleNamespace(**facts)), LIE)
+    assert digests_of([weights]) == truth(weights)
 
 
 def test_a_changed_file_of_equal_size_with_its_time_set_back_is_hashed_anew(weights: Path) -> None:
@@ -85,8 +144,11 @@ def test_another_file_in_its_place_is_hashed_anew(weights: Path) -> None:
 
 
 def test_a_memory_copied_under_another_files_name_says_nothing(weights: Path) -> None:
+    copy, link = weights.with_name("copy"), weights.with_name("link")
+    os.link(weights, link)  # of which all is the same but the name
     digests_of([weights])
-    copy = weights.with_name("copy")
+    shutil.copy2(Memory().entry(weights), Memory().entry(link))
+    assert Memory().recall(link) is None and digests_of([link]) == truth(weights)
     shutil.copy2(weights, copy)
     copy.write_bytes(b"other weights, longer")
     shutil.copy2(Memory().entry(weights), Memory().entry(copy))
@@ -132,6 +194,21 @@ def _of_others(entry: Path) -> None:
     entry.chmod(0o666)
 
 
+@pytest.fixture
+def watchdog() -> Generator[None]:
+    """What would wait for ever fails instead."""
+
+    def bark(*_: object) -> None:
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, bark)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("watchdog")
 @pytest.mark.parametrize("spoil", [_flipped, _cut, _emptied, _no_text, _endless, _folder, _pipe, _link, _of_others])
 def test_a_damaged_or_hostile_memory_costs_time_only(spoil: Callable[[Path], None], weights: Path) -> None:
     """Sealed lies among it where others could have written them: a link, a file that they may write."""
@@ -144,6 +221,12 @@ def test_a_damaged_or_hostile_memory_costs_time_only(spoil: Callable[[Path], Non
     if spoil is not _folder:  # that one is left alone
         assert Memory().recall(weights) == truth(weights)[0] and stat.S_IMODE(entry.lstat().st_mode) == 0o600
     assert not [p for p in Memory().folder.iterdir() if p.name.startswith(".")]
+
+
+def test_what_another_user_has_written_is_not_believed(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Memory().remember(weights, weights.stat(), LIE)
+    monkeypatch.setattr(os, "getuid", lambda: weights.stat().st_uid + 1)
+    assert digests_of([weights]) == truth(weights)
 
 
 def test_where_nothing_can_be_remembered_files_are_read(weights: Path) -> None:

@@ -83,7 +83,8 @@ class Memory:
         return text[:64]
 
     def remember(self, path: Path, facts: os.stat_result, digest: str) -> None:
-        """Keep the digest of an absolute path's file that was as `facts` say before and after it was read."""
+        """Keep the digest of an absolute path's file that was as `facts` say before it was read: of one that changed meanwhile
+        it is never recalled."""
         entry = self.entry(path)
         aside = entry.with_name(f".{entry.name}.{os.getpid()}.{uuid4().hex[:8]}")
         try:  # no fsync: a hollow entry lacks its seal
@@ -109,8 +110,7 @@ def _read(path: Path, memory: Memory, tell: Callable[[int], None]) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             tell(len(chunk))
-        after = os.fstat(file.fileno())
-    settled = max(before.st_mtime_ns, before.st_ctime_ns) <= now - YOUNG and _stamp(before) == _stamp(after)
+    settled = max(before.st_mtime_ns, before.st_ctime_ns) <= now - YOUNG
     if os.name != "nt" and settled and before.st_size >= LARGE:
         memory.remember(path, before, digest.hexdigest())
     return digest.hexdigest()

@@ -42,6 +42,7 @@ def test_pictures_are_all_it_needs(
     assert names <= set(files(run)) and not (run / ".lock").exists()
     out = capsys.readouterr().out
     assert "dreambooth-lora-sd15.toml" in out  # found by the family of a base whose name says nothing
+    assert "weights   step 2, the last\n" in out
     assert "runs/dreambooth-me-1/delta.safetensors" in out and "vgm-generate --base" in out and "'a sks robot'" in out
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["base"]["name"] == "tiny" and len(manifest["base"]["sha256"]) == 64

@@ -40,6 +40,7 @@ def test_a_run_that_goes_on_too_long_stops_and_returns_its_best(more: Table, con
     losses = [line["held_out"] for line in lines]
     best = losses.index(min(losses)) + 1
     assert best + 3 == len(losses) == result.steps < 12 and result.finished
+    assert result.weights == f"step {best} of {len(losses)}, which had the lowest held-out loss: {min(losses):.4g}"
     assert [p.name for p in (result.folder / "checkpoints" / "best").iterdir()] == [f"step-{best:06d}"]
     assert f"step-{result.steps:06d}" in {p.name for p in (result.folder / "checkpoints").iterdir()}
 

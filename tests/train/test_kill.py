@@ -59,16 +59,18 @@ def killed_again_and_again(forge: Forge, make: Callable[[str], RunConfig], tmp: 
     raise AssertionError
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(("settings", "kills"), [("plain", 10), ("rich", 10), ("scored", 4)])
 def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
-    settings: str, forge: Forge, config: Callable[..., RunConfig], tmp_path: Path
+    settings: str, kills: int, forge: Forge, config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """Weights, optimiser, averages, record, previews, manifest and the file that is handed on."""
+    """Weights, optimiser, averages, record, scores, best step, previews, manifest and the file that is handed on."""
 
     def make(name: str) -> RunConfig:
         return config("finetune", name, SETTINGS[settings])
 
-    assert killed_again_and_again(forge, make, tmp_path, kills=10, seed=0)
+    assert killed_again_and_again(forge, make, tmp_path, kills, seed=0)
+    if settings == "scored":  # what is returned is neither the last step nor the first, and when to stop was known too
+        assert sorted(p.name for p in (tmp_path / "whole" / "checkpoints").rglob("step-*")) == ["step-000002", "step-000003"]
 
 
 def test_the_plain_command_killed_in_the_middle_goes_on_where_nobody_asked_for_checkpoints(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.ground import SMALL, tiny_base
+from tests.train.ground import FAMILIES, SMALL, tiny_base
 from tests.train.killed import kept
 from vgm_peft.config import Table, merge, to_table
 from vgm_peft.deltas import TABLE
@@ -45,8 +45,14 @@ def test_every_method_goes_on_exactly(family: str, kind: str, pictures: Path, tm
     _goes_on_exactly(bind(merge(SMALL, TWO_STEPS, own)), family)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("task", [name for name in TASKS if name != "finetune"])
-def test_every_task_goes_on_exactly(task: str, config: Make) -> None:
-    """On the base that is told more: of two text encoders, with sizes."""
+def test_every_task_goes_on_exactly(task: str, family: str, config: Make) -> None:
+    """Also on the base that is told more: of two text encoders, with sizes."""
     chance: Table = {"data": {"flip": True, "caption_dropout": 0.3}, "loss": {"noise_offset": 0.1}}
-    _goes_on_exactly(config(task, "run", TWO_STEPS, chance), "sdxl")
+    _goes_on_exactly(config(task, "run", TWO_STEPS, chance), family)
+
+
+def test_a_word_that_rests_before_the_weights_do_goes_on_exactly(config: Make) -> None:
+    word: Table = {"token": "<me>", "init_word": "robot", "vectors": 2, "norm": "pull", "word_until": 0.5}
+    _goes_on_exactly(config("dreambooth", "run", TWO_STEPS, {"task": word}), "sd15")

@@ -5,6 +5,7 @@ import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +19,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A run whose every text is hostile."""
-    lines = [{"step": i, "loss": 1.0 / i, "rate": 0.1, "norm": 1.0} for i in range(1, 41)]
+    lines: list[dict[str, Any]] = [{"step": i, "loss": 1.0 / i, "rate": 0.1, "norm": 1.0} for i in range(1, 41)]
     lines[20] |= {"held_out": 0.25, "warnings": [HOSTILE], "scores": {"subject": 0.5, "prompt": 0.5, "total": 0.5}}
+    lines[25] |= {name: lines[20][name] for name in ("held_out", "scores")}
     lines[30] |= {"scores": {"subject": 1.0, "prompt": 0.1, "total": 0.18}}
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 41, "lo')
     facts = {
@@ -28,6 +30,7 @@ def folder(tmp_path: Path) -> Path:
         "base": {"name": HOSTILE, "family": HOSTILE, "sha256": HOSTILE},
         "notices": [HOSTILE],
         "scores": {"by": HOSTILE, "prompts": [HOSTILE], "base": {"subject": 0.0, "prompt": 0.9, "total": 0.0}},
+        "weights": f"step 26 of 40 {HOSTILE}",
         "result": {HOSTILE: "0"},
         "settings": {"task": {"token": HOSTILE}, HOSTILE: HOSTILE},
         "versions": {"torch": HOSTILE},
@@ -66,8 +69,9 @@ def test_all_is_there_and_nothing_hostile_comes_through(folder: Path) -> None:
     assert len(images) == 2 and all(source.startswith("data:image/png;base64,") for source in images)
     assert not [a for _, attributes in page.tags for a in attributes if a in ("href", "srcset", "action")]
     assert page.text.count(HOSTILE) >= 15  # shown as what it is, everywhere
-    assert "step 21 of 2 measured: subject 0.500" in page.text and "subject 0.000, prompt 0.900" in page.text
-    assert "0.25 at step 21" in page.text and "40 of 40" in page.text and "step 20" in page.text
+    assert "step 26 of 3 measured: subject 0.500" in page.text and "subject 0.000, prompt 0.900" in page.text
+    assert "0.25 at step 26" in page.text and "weightsstep 26 of 40" in page.text  # of equals the later is returned
+    assert "40 of 40" in page.text and "step 20" in page.text
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
     assert policy is not None and policy.startswith("default-src 'none'")
     first = (folder / "report.html").read_bytes()

@@ -56,13 +56,15 @@ def test_the_best_step_by_the_scores_is_the_result_and_a_killed_run_finds_the_sa
     totals = totals_of(whole.folder)
     best = max(totals, key=lambda step: totals[step])
     assert list(totals) == [1, 2, 3, 4] and len(set(totals.values())) == 4 and best < 4
-    manifest = json.loads((whole.folder / "manifest.json").read_text())["scores"]
+    facts = json.loads((whole.folder / "manifest.json").read_text())
+    manifest = facts["scores"]
+    assert whole.weights == facts["weights"] == f"step {best} of 4, whose pictures scored best: total {totals[best]:.4g}"
     assert manifest["by"] == "clip" and manifest["base"]["drift"] == 0.0 and len(manifest["sha256"]) == 64
     page = (whole.folder / "report.html").read_text()
     assert f"step {best} of 4 measured" in page and "scores by step" in page
 
     plain = train(config("dreambooth", "plain", SPOILT, {"steps": best}), base=tiny_base("sd15"))
-    assert plain.delta is not None and whole.delta is not None
+    assert plain.delta is not None and whole.delta is not None and plain.weights == f"step {best}, the last"
     ours, theirs = (dict(read(path).parameters()) for path in (whole.delta, plain.delta))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     both = [[line["loss"] for line in lines_of(run.folder)[:best]] for run in (whole, plain)]

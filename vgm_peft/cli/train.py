@@ -110,7 +110,7 @@ def _farewell(config: "RunConfig", result: "RunResult") -> str:
     if result.delta is None:
         again = shlex.join(["vgm-train", "--resume", str(folder)])
         return f"stopped after step {result.steps} of {config.steps}; a checkpoint is saved. Go on with\n  {again}"
-    lines = [f"trained   {result.delta}"]
+    lines = [f"trained   {result.delta}", f"weights   {result.weights}"]
     exports = sorted((folder / "exports").glob("*"))
     lines += [f"exported  {path}" for path in exports]
     lines += [f"previews  {folder / 'samples'}"] if result.samples else []

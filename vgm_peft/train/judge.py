@@ -11,6 +11,7 @@ from vgm_peft.score import Scores
 from vgm_peft.train.checkpoint import Best, State
 from vgm_peft.train.checkpoint import save as save_checkpoint
 from vgm_peft.train.exam import Examiner
+from vgm_peft.train.limits import due
 from vgm_peft.train.probe import Probe
 from vgm_peft.train.task import Setup
 
@@ -40,8 +41,8 @@ class Judge:
 
     def measure(self, state: State, last: bool) -> Measured:
         """Measure what is due after a step or at the last one, and note in the state how that compares with the best."""
-        probe = self.probe if _due(self._held_out.every, state.step, last) else None
-        examiner = self._examiner if _due(self._scores.every, state.step, last) else None
+        probe = self.probe if due(self._held_out.every, state.step, last) else None
+        examiner = self._examiner if due(self._scores.every, state.step, last) else None
         if probe is None and examiner is None:
             return Measured()
         with state.average.in_place():
@@ -67,6 +68,11 @@ class Judge:
         patience = (self._scores if self._by_scores else self._held_out).stop_when_worse
         return patience > 0 and state.best is not None and state.best.worse >= patience
 
-
-def _due(every: int, step: int, last: bool) -> bool:
-    return every > 0 and (last or step % every == 0)
+    def verdict(self, state: State, done: int) -> str:
+        """In plain words: which step the parameters in the state are of, after `done` steps, and why they are the result."""
+        step = f"step {done}, the last" if state.step == done else f"step {state.step} of {done}"
+        if state.best is None:
+            return step
+        if self._by_scores:
+            return f"{step}, whose pictures scored best: total {1.0 - state.best.cost:.4g}"
+        return f"{step}, which had the lowest held-out loss: {state.best.cost:.4g}"

@@ -22,6 +22,7 @@ from vgm_peft.train.interrupt import Interrupt
 from vgm_peft.train.journal import Journal, Taken
 from vgm_peft.train.judge import Judge
 from vgm_peft.train.learned import demand_finite, patience
+from vgm_peft.train.limits import due
 from vgm_peft.train.optim import MovingAverage, OwnAverage, keep_lengths, rest, set_rates
 from vgm_peft.train.optimisers import build_optimiser, kind_named
 from vgm_peft.train.preview import Previews
@@ -107,10 +108,10 @@ def run(desk: Desk) -> bool:
             journal.step(state.step, replace(taken, warnings=desk.watch.step(state.step, taken, state.waiting)))
 
             last = last or desk.judge.given_up(state)
-            if desk.previews.due(state.step) or last:
+            if last or due(config.preview.every, state.step):
                 with state.average.in_place():
                     desk.previews.draw(state.step)
-            if main and (stopped or _due(config.checkpoint.every, state.step) or last and config.checkpoint.every):
+            if main and (stopped or due(config.checkpoint.every, state.step, last)):
                 journal.settle()
                 save_checkpoint(desk.checkpoints, state, config.checkpoint.keep)
             if stopped and not last:
@@ -169,7 +170,3 @@ def _culprits(desk: Desk) -> list[str]:
     found = [name for name, p in desk.state.parameters.items() if not bool(torch.isfinite(p).all())]
     gradients = {name: p.grad for name, p in desk.state.parameters.items() if p.grad is not None}
     return found or [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
-
-
-def _due(every: int | None, step: int) -> bool:
-    return bool(every) and step % every == 0

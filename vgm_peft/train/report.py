@@ -74,6 +74,7 @@ def _summary(facts: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
         "trained": f"{trained.get('parameters', 0):,} values, {100 * trained.get('share', 0):.3g} % of the base",
         "base": f"{base.get('name', '')} ({base.get('family', '')}, SHA-256 {base.get('sha256', '')[:12]})",
         "seed": facts.get("seed", ""),
+        "weights": facts.get("weights", ""),
         "result": ", ".join(facts.get("result", {})) or "none yet: the run was stopped before its end",
     }
     return _table((), [(name, value) for name, value in rows.items() if value != ""])
@@ -83,7 +84,7 @@ def _best(lines: Sequence[dict[str, Any]]) -> str:
     measured = [line for line in lines if "held_out" in line]
     if not measured:
         return ""
-    best = min(measured, key=lambda line: line["held_out"])
+    best = min(reversed(measured), key=lambda line: line["held_out"])
     return f"{best['held_out']:.4g} at step {best['step']}, the best of {len(measured)} measurements"
 
 
@@ -91,7 +92,7 @@ def _best_scored(lines: Sequence[dict[str, Any]]) -> str:
     measured = [line for line in lines if "scores" in line]
     if not measured:
         return ""
-    best = max(measured, key=lambda line: line["scores"]["total"])
+    best = max(reversed(measured), key=lambda line: line["scores"]["total"])
     return f"step {best['step']} of {len(measured)} measured: {_told(best['scores'])}"
 
 

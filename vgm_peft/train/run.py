@@ -50,6 +50,8 @@ class RunResult:
     steps: int
     """Steps done, those before a resume included."""
     finished: bool
+    weights: str = ""
+    """Which step's were taken and why, in plain words."""
     samples: tuple[Path, ...] = ()
     """Previews drawn."""
     notices: tuple[str, ...] = ()
@@ -101,10 +103,10 @@ def train(config: RunConfig, *, resume: Path | None = None, base: Base | None = 
             write_manifest(folder, facts)
             cleanup.callback(write_report, folder)  # however it ends
         finished, done = loop.run(desk), state.step
-        delta = _conclude(task, desk, facts, beginning) if finished else None
+        delta, weights = _conclude(task, desk, facts, beginning) if finished else (None, "")
         accelerator.wait_for_everyone()
         drawn, notices, prompts = tuple(desk.previews.drawn), tuple(setup.notices), tuple(desk.previews.prompts())
-        return RunResult(folder, delta, done, finished, drawn, notices, prompts, accelerator.is_main_process)
+        return RunResult(folder, delta, done, finished, weights, drawn, notices, prompts, accelerator.is_main_process)
 
 
 def _read(config: RunConfig, base: Base | None, quiet: bool) -> tuple[Report, list[View]]:
@@ -203,16 +205,17 @@ def _remark(setup: Setup) -> None:
         setup.notice("no pictures are kept back: the held-out loss is that of the training pictures, with unseen noise")
 
 
-def _conclude(task: Task[Any], desk: loop.Desk, facts: Mapping[str, object], beginning: Beginning) -> Path | None:
-    """Go back to the best step where one was sought, demand that something was learned, and save it."""
-    config, state = desk.config, desk.state
+def _conclude(task: Task[Any], desk: loop.Desk, facts: Mapping[str, object], beginning: Beginning) -> tuple[Path | None, str]:
+    """Go back to the best step where one was sought, demand that something was learned, and save it; also say which it is."""
+    config, state, done = desk.config, desk.state, desk.state.step
     if desk.judge.decides:
         desk.accelerator.wait_for_everyone()  # the main process writes it
         restore(desk.judge.folder, state, desk.notices.append)
     demand_learned(state, beginning.values, patience(config))
     with state.average.in_place():
         demand_changed(beginning.answers, desk.judge.probe.losses(GATE_DRAWS))
-    return _save(task, desk, facts)
+    weights = desk.judge.verdict(state, done)
+    return _save(task, desk, {**facts, "weights": weights}), weights
 
 
 def _save(task: Task[Any], desk: loop.Desk, facts: Mapping[str, object]) -> Path | None:
