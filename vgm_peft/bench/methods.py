@@ -5,10 +5,12 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgm_peft.bench.plan import Plan, Record, Trial
+from vgm_peft.bench.times import step_times
 from vgm_peft.train.durable import saving, write_text
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ class Stopped(Exception):
 
 
 def run(plan: Plan, say: Say = print) -> list[Record]:
-    """Do what is left of a plan and return the records of all of it, in its order.
+    """Do what is left of a plan and return the records of all of it, in its order, each with its method's `step_ms`.
 
     One line is said per run, with the time that the rest will take. A run that was interrupted is begun again. Raises
     `ConfigError` before anything is trained for a mistake in any configuration, and for a record with other settings;
@@ -38,15 +40,19 @@ def run(plan: Plan, say: Say = print) -> list[Record]:
     with saving(plan.output):
         (plan.output / "runs").mkdir(parents=True, exist_ok=True)
     judges: dict[str, Judge] = {}
-    base, started = None, time.monotonic()
+    started = time.monotonic()
     for number, trial in enumerate(left, 1):
-        if base is None:
-            from vgm_peft.families import load
-
-            base = load("toybox")
-        record = done[trial.name] = _done(trial, base, _judge(judges, base, trial))
+        record = done[trial.name] = _done(trial, _base(), _judge(judges, _base(), trial))
         say(_progress(record, number, len(left), time.monotonic() - started))
-    return [done[trial.name] for trial in trials]
+    times = step_times(plan, _base, say)
+    return [{**done[trial.name], "step_ms": times[trial.method]} for trial in trials]
+
+
+@cache
+def _base() -> "Base":
+    from vgm_peft.families import load
+
+    return load("toybox")
 
 
 def base_record(plan: Plan, subject: str) -> Path:
@@ -91,19 +97,12 @@ def _done(trial: Trial, base: "Base", judge: "Judge") -> Record:
         "steps": result.steps,
         "scores": asdict(scores),
         "trained": read(result.delta).count(),
-        "step_ms": round(1e3 * _step_seconds(trial.folder), 1),
         "file_bytes": result.delta.stat().st_size,
         "minutes": round((time.monotonic() - started) / 60, 2),
         "settings": trial.settings(),
     }
     trial.keep(record)
     return record
-
-
-def _step_seconds(folder: Path) -> float:
-    """The first decile of the steps' times: other work on the machine only ever makes a step slower."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return sorted(json.loads(line)["seconds"] for line in lines)[len(lines) // 10]
 
 
 def _progress(record: Record, number: int, count: int, seconds: float) -> str:

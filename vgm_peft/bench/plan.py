@@ -98,8 +98,8 @@ class Trial:
         """Where `train` works."""
         return self.record.with_suffix("")
 
-    def config(self) -> RunConfig:
-        """The method's shipped recipe, or the LoRA's with this method in it, and the plan's settings over it."""
+    def config(self, over: Table | None = None) -> RunConfig:
+        """The method's shipped recipe, or the LoRA's with this method in it; over it the plan's settings, and then `over`."""
         asked: Table = {
             "task": {"name": "dreambooth", "class_prompt": f"a photo of a {subject_named(self.subject).class_word}"},
             "data": {"images": str(self.plan.pictures_of(self.subject))},
@@ -110,7 +110,7 @@ class Trial:
         }
         if self.plan.steps is not None:
             asked["steps"] = self.plan.steps
-        return resolve(merge(asked, self.plan.settings)).config
+        return resolve(merge(asked, self.plan.settings, over or {})).config
 
     def settings(self) -> Record:
         """All that decides its result, as it stands in the record."""

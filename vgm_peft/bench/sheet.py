@@ -49,8 +49,7 @@ def tell(plan: Plan, subject: str, records: Sequence[Record]) -> str:
     for method in plan.methods:
         own = [r for r in records if r["method"] == method]
         cells = [_spread([r["scores"][key] for r in own]) for key in SCORES]
-        step = statistics.median(r["step_ms"] for r in own)
-        cells += [f"{own[0]['trained']:,}", f"{step:.0f}", size(own[0]["file_bytes"])]
+        cells += [f"{own[0]['trained']:,}", f"{own[0]['step_ms']:.0f}", size(own[0]["file_bytes"])]
         rows.append(f"| {method} | " + " | ".join(cells) + " |")
     steps = sorted({r["steps"] for r in records})
     title = f"Subject {subject}, {plan.seeds} seeds, {', '.join(map(str, steps))} steps, {plan.pictures} pictures each."
@@ -79,7 +78,7 @@ def draw(plan: Plan, subject: str, records: Sequence[Record]) -> "Image.Image":
                     row.append(_cell(plan.output / "runs" / f"{subject}-{name}-{seed}.png", _lines(record)))
             rows.append(row)
         last = start + ACROSS >= len(columns)
-        caption = "; ".join(f"{short}: {long}" for short, long in LABELS) + "; step: the first decile on the machine it ran on"
+        caption = "; ".join(f"{short}: {long}" for short, long in LABELS) + "; step: all methods in turns on one machine"
         sheets.append(grid(rows, part, [f"seed {s}" for s in range(plan.seeds)], caption if last else ""))
     return _stacked(sheets)
 

@@ -4,8 +4,9 @@ vgm-bench methods                                            every method, three
 vgm-bench methods --methods lora,krona,dora --seeds 1        a quick look
 vgm-bench methods --steps 400 --output runs/bench            goes on where it was stopped
 
-One JSON per run is kept, with identity, prompt agreement, drift, trained values, step time and file size; runs that have one
-are not made again. In the end there are a picture per subject and a table. Ctrl-C stops it without harm.
+One JSON per run is kept, with identity, prompt agreement, drift, trained values and file size; runs that have one are not
+made again. In the end the methods are timed side by side, and there are a picture per subject and a table. Ctrl-C stops it
+without harm.
 """
 
 import argparse
