@@ -127,8 +127,8 @@ def test_a_perfect_pipeline_scores_full_marks() -> None:
 
 def test_subject_measures_tell_base_from_delta() -> None:
     subject = SUBJECTS[0]
-    base = measure_subject(Perfect(), subject, "sks", Sampling(), oracles(), count=12)
-    tuned = measure_subject(Perfect(subject.name), subject, "sks", Sampling(), oracles(), count=12)
+    base = measure_subject(Perfect(), subject, f"sks {subject.class_word}", Sampling(), oracles(), count=12)
+    tuned = measure_subject(Perfect(subject.name), subject, f"sks {subject.class_word}", Sampling(), oracles(), count=12)
     assert closed(base, tuned) > 0.8
     assert tuned.backgrounds_kept >= 0.9 and tuned.class_accuracy >= 0.9
     assert tuned.class_identity < 0.3 < tuned.identity

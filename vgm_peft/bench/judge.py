@@ -68,7 +68,9 @@ class Judge:
         return Image.fromarray(sample(self.pipe, [prompt], how)[0].numpy())
 
     def _measure(self) -> SubjectMeasure:
-        return measure_subject(self.pipe, self.subject, TOKEN, self.how, self.oracles, self.count)
+        return measure_subject(
+            self.pipe, self.subject, f"{TOKEN} {self.subject.class_word}", self.how, self.oracles, self.count
+        )
 
     def _scores(self, now: SubjectMeasure, drift: float) -> Scores:
         return Scores(

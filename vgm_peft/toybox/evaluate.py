@@ -136,13 +136,13 @@ def subject_prompts(noun: str, count: int) -> tuple[tuple[str, str], ...]:
 
 
 def measure_subject(
-    pipe: TextToImage, subject: Subject, token: str, how: Sampling, oracles: Oracles, count: int = 24
+    pipe: TextToImage, subject: Subject, name: str, how: Sampling, oracles: Oracles, count: int = 24
 ) -> SubjectMeasure:
-    """Draw "a TOKEN class" and "a class" on every background and compare with fresh renders of the subject."""
+    """Draw "a NAME" (such as `sks robot`) and "a class" on every background and compare with fresh renders of the subject."""
     word = subject.class_word
     references = render(subject_scenes(subject.name, 24, seed=7001)).image
     real = render(subject_scenes(subject.name, 24, seed=7002)).image
-    asked, plain = subject_prompts(f"a {token} {word}", count), subject_prompts(f"a {word}", count)
+    asked, plain = subject_prompts(f"a {name}", count), subject_prompts(f"a {word}", count)
     images = sample(pipe, [text for text, _ in asked], how)
     others = sample(pipe, [text for text, _ in plain], how)
     read, kind = oracles.read(images).labels, CLASSES.index(word)

@@ -56,9 +56,10 @@ def evaluate(args: argparse.Namespace) -> Report:
         how = replace(how, guidance=args.guidance)
     oracles = Oracles.load()
     subject = subject_named(args.subject) if args.subject else None
-    before, after = None, None
+    before, after, name = None, None, ""
     if subject is not None:
-        before = measure_subject(drawing, subject, args.token, how, oracles, args.subject_count)
+        name = args.token if args.alone else f"{args.token} {subject.class_word}"
+        before = measure_subject(drawing, subject, name, how, oracles, args.subject_count)
     report: Report = {"base": args.base}
     if args.delta:
         from vgm_peft.stack import attach
@@ -66,7 +67,7 @@ def evaluate(args: argparse.Namespace) -> Report:
         attach(pipe, args.delta, scale=args.scale)
         report |= {"delta": args.delta, "scale": args.scale}
         if subject is not None:
-            after = measure_subject(drawing, subject, args.token, how, oracles, args.subject_count)
+            after = measure_subject(drawing, subject, name, how, oracles, args.subject_count)
     if args.count:
         prompts = heldout_prompts(args.count, args.seed)
         with tqdm(total=args.count, desc="held-out prompts", unit="picture", disable=args.json) as bar:

@@ -1,6 +1,7 @@
 """Textual Inversion: a new word whose embedding rows are all that is trained (Gal et al. 2022, arXiv 2208.01618, eq. 2)."""
 
-from collections.abc import Generator, Mapping
+import re
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from vgm_peft.data import Source
+from vgm_peft.data import Example, Source, names_word
 from vgm_peft.delta import Delta
 from vgm_peft.errors import ConfigError
 from vgm_peft.family import Base
@@ -35,7 +36,10 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
     ),
     "style": ("{}", "a picture in the style of {}", "a painting in the style of {}", "a drawing in the style of {}"),
 }
-"""Neutral sentences in which the new word must do all the work; one is drawn for each picture without a caption."""
+"""Neutral sentences in which the new word does all the work; one is drawn for a picture whose caption has no place for it."""
+
+RANDOM = re.compile(r"<rand[^>]*>|\{\}")
+"""What in a beginning is no text of a caption's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,17 @@ class InversionOptions(WordOptions):
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ConfigError(f'task.templates: "{template}"', expected="a sentence with one {}")
+
+    def says_it(self, caption: str) -> bool:
+        """Say whether a caption holds the word; a prefix stands before every one that is not empty."""
+        return names_word(caption, self.token) or self.prefix and bool(caption)
+
+    def in_caption(self, caption: str) -> str:
+        """Return a caption with the word in it, in place of what it begins as; one that names neither is returned as it is."""
+        noun = RANDOM.sub("", self.init_word).strip()
+        if not noun or self.says_it(caption):
+            return caption
+        return re.sub(rf"(?<!\w){re.escape(noun)}(?!\w)", lambda _: self.token, caption, count=1, flags=re.IGNORECASE)
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -83,7 +98,7 @@ class TextualInversion(Task[Shown]):
 
     @classmethod
     def sources(cls, config: RunConfig) -> tuple[Source, ...]:
-        """Nothing is put before captions: one without the word gives way to a sentence with it."""
+        """Nothing is put before captions: the word takes the place of what it begins as, or a sentence that of the caption."""
         return tuple(replace(source, trigger=config.data.trigger) for source in super().sources(config))
 
     @classmethod
@@ -94,7 +109,7 @@ class TextualInversion(Task[Shown]):
             replace(common, token=concept.token or common.token, init_word=concept.class_prompt or common.init_word)
             for concept in setup.config.concepts
         )
-        examples = setup.report.examples
+        examples = _named(setup, options)
         own = [text for o in options for text in o.sentences]
         wording = Wording.of(setup, options, [*own, *(example.caption for example in examples)])
         pictures = Pictures(examples, setup)
@@ -124,7 +139,7 @@ class TextualInversion(Task[Shown]):
     def _caption(self, caption: str, cut: Cut, number: int) -> str:
         """The picture's own caption where that holds its word, else the sentence of that number."""
         own = self.options[self.pictures.examples[cut.example].concept]
-        return caption if own.token in caption or own.prefix and caption else own.sentences[number]
+        return caption if own.says_it(caption) else own.sentences[number]
 
     def save(self, folder: Path) -> Path:
         """Write the words and their exports."""
@@ -152,3 +167,20 @@ class TextualInversion(Task[Shown]):
             "data": {"pictures": len(examples), "sha256": digest_of_examples(examples)},
             "words": {own.token: own.vectors for own in self.options},
         }
+
+
+def _named(setup: Setup, options: Sequence[InversionOptions]) -> tuple[Example, ...]:
+    """The examples with the word in their captions; what is done to captions is said."""
+    examples = setup.report.examples
+    named = tuple(replace(e, caption=options[e.concept].in_caption(e.caption)) for e in examples)
+    changed = [new.caption for old, new in zip(examples, named, strict=True) if new.caption != old.caption]
+    if changed:
+        setup.notice(f'the new word takes the place of what it begins as: "{changed[0]}" ({len(changed)} captions)')
+    strange = [e for e in named if e.caption and not options[e.concept].says_it(e.caption)]
+    if strange:
+        own = options[strange[0].concept]
+        setup.notice(
+            f'{len(strange)} captions name neither "{own.token}" nor "{own.init_word}", as "{strange[0].caption}" does not: '
+            f'sentences such as "{own.sentences[0]}" take their place'
+        )
+    return named
