@@ -47,6 +47,8 @@ def test_a_shown_command_exists_and_parses(line: str) -> None:
         assert set(words[1:]) <= set(targets)
     elif program in ("python", "python3") and words[1] == "-m":
         assert importlib.util.find_spec(words[2]) is not None
+        if words[2] == "vgm_peft.toybox":
+            importlib.import_module("vgm_peft.toybox.__main__")._parser(words[3]).parse_args(words[3:])
     elif program in ("python", "python3", "gradio", "bash"):
         assert (ROOT / words[1]).is_file()
     else:

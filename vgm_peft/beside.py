@@ -6,6 +6,7 @@ classifier-free guidance both halves of a call hear it unless the side says othe
 of the steps, and before it is told a picture, the denoiser behaves as if it were not there, bit for bit.
 """
 
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -27,7 +28,10 @@ class Beside:
     def __init__(
         self, base: Base, side: Side, network: nn.Module, strength: float = 1.0, *, span: Span = WHOLE, guess: bool = False
     ) -> None:
-        """Put it there; it is silent until it is told a picture. Raises `ConfigError` for a span or a mode it cannot have."""
+        """Put it there; it is silent until it is told a picture. It hears the live deltas that were attached before it.
+
+        Raises `ConfigError` for a span or a mode it cannot have.
+        """
         if not 0.0 <= span[0] < span[1] <= 1.0:
             raise ConfigError(f"steps {span[0]:g} .. {span[1]:g} of a {side.name}", expected="a part of 0 .. 1, as in 0-0.5")
         if guess and not side.guesses:
@@ -36,6 +40,8 @@ class Beside:
         self.strength, self.span, self.guess = strength, span, guess
         self.mask: Tensor | None = None
         """Where in the picture it is heard, (1, 1, P, Q) in 0 .. 1."""
+        self.layers: Mapping[str, float] | None = None
+        """Which layers hear it how much, by patterns of their names, where the side asks (`side.Side.layers`)."""
         self._features: Features | None = None
         self._silent: Features | None = None
         self._hooks: list[RemovableHandle] = list(side.join(base, network, self))
@@ -61,15 +67,17 @@ class Beside:
         features = self._features
         if features is None or self.strength == 0.0 or not self._is_time(t):
             return None
-        guided = self._guided()
+        guided, half = self._guided(), False
         if self.guess and guided:
-            return Heard(_spread(features, rows // 2), self.strength, half=True, mask=self.mask)
-        if guided and rows != len(features[0]):
+            told, half = _spread(features, rows // 2), True
+        elif guided and rows != len(features[0]):
             if self._silent is None:
                 self._silent = self.side.silence(self.base, self.network, features)
             halves = (_spread(self._silent, rows // 2), _spread(features, rows // 2))
-            return Heard(tuple(torch.cat(pair) for pair in zip(*halves, strict=True)), self.strength, mask=self.mask)
-        return Heard(_spread(features, rows), self.strength, mask=self.mask)
+            told = tuple(torch.cat(pair) for pair in zip(*halves, strict=True))
+        else:
+            told = _spread(features, rows)
+        return Heard(told, self.strength, half, self.mask, self.layers)
 
     def _guided(self) -> bool:
         return bool(getattr(self.base.pipe, "do_classifier_free_guidance", False))

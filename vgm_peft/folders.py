@@ -144,6 +144,30 @@ def replace_folder(folder: Path, owned: Callable[[Path], bool]) -> Generator[Pat
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def replace_file(path: Path, owned: Callable[[Path], bool]) -> Generator[Path]:
+    """Write a file aside and put it in its place when the block ends well; any failure leaves the old one as it was.
+
+    What stands there already is replaced only when `owned` says that it is one of the same kind. Raises `SaveError`.
+    """
+    if path.exists() and not (path.is_file() and _says(owned, path)):
+        raise SaveError(f"{path}: holds something else", expected="a new file, or one to be replaced", fix="name another")
+    folder = path.parent / f".{path.name}.{uuid4().hex}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        yield folder / path.name
+        _settle(folder)
+        os.replace(folder / path.name, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise SaveError(
+            f"{path}: not written ({error.strerror or error})", fix="what stood there before is unharmed"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _settle(folder: Path) -> None:
     """Bring a folder's files to the disk, with the modes that the user's umask asks for (safetensors writes 0600)."""
     probe = folder / f".{uuid4().hex}"

@@ -7,8 +7,9 @@ one file under `sides/` and one table line.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.hooks import RemovableHandle
 
-from vgm_peft.errors import DataError
+from vgm_peft.errors import ConfigError, DataError, DeltaError
 from vgm_peft.family import Base
-from vgm_peft.folders import read_json
+from vgm_peft.folders import check_whole, first_line, read_json
+from vgm_peft.header import open_header
 
 Features = tuple[Tensor, ...]
 """What a network takes from pictures, before and apart from any denoising: tensors whose first axis is the picture."""
@@ -36,6 +38,14 @@ class Heard:
     """Only the second half of the call hears it: the half with the prompt, in classifier-free guidance."""
     mask: Tensor | None = None
     """Where in the picture it is heard, (1, 1, P, Q) in 0 .. 1; everywhere without one."""
+    layers: Mapping[str, float] | None = None
+    """Which layers hear it how much, by patterns of their names; one that none of them matches not at all. All, without."""
+
+    def share(self, layer: str) -> float:
+        """Return the strength at which a layer hears it: that of the first pattern that matches its name."""
+        if self.layers is None:
+            return self.strength
+        return self.strength * next((share for glob, share in self.layers.items() if fnmatchcase(layer, glob)), 0.0)
 
     def told(self, rows: Tensor) -> Tensor:
         """Return those rows of one of the call's tensors that hear the network."""
@@ -48,6 +58,14 @@ class Heard:
         if self.mask is not None:
             added = added * interpolate(self.mask.to(added), added.shape[-2:], mode="bilinear", antialias=True)
         return torch.cat([torch.zeros_like(added), added]) if self.half else added
+
+    def placed_tokens(self, added: Tensor, latents: tuple[int, int]) -> Tensor:
+        """As `placed`, for what is added to tokens (B, L, D) that are places of the picture row by row, at the resolution of
+        the latents or at half of it, a quarter, and so on."""
+        height, width = latents
+        while height * width > added.shape[1]:
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return self.placed(added.mT.unflatten(2, (height, width))).flatten(2).mT
 
 
 class Speaker(Protocol):
@@ -95,6 +113,12 @@ class Side(ABC):
     guesses: ClassVar[bool] = False
     """It can be heard by the half with the prompt alone, with shares of its own for each layer."""
 
+    def layers(self, base: Base, choice: str) -> Mapping[str, float] | None:
+        """Return what a choice of layers means (`Heard.layers`); the empty one: all. Raises `ConfigError`."""
+        if choice:
+            raise ConfigError(f'layers "{choice}" of a {self.name}', expected="no choice: all of them hear it alike")
+        return None
+
     @abstractmethod
     def create(self, base: Base, options: object, seed: int = 0) -> nn.Module:
         """Make a fresh, trainable network for a base, float32; where the method starts from zero it changes nothing yet."""
@@ -123,14 +147,19 @@ class Side(ABC):
     def join(self, base: Base, network: nn.Module, speaker: Speaker) -> Sequence[RemovableHandle]:
         """Put the hooks on the base's denoiser by which it hears the network; those hooks ask the speaker at every call."""
 
+    def rate(self, parameter: str) -> float:
+        """By what the run's learning rate is multiplied for a parameter of its network, by name."""
+        return 1.0
+
     def facts(self, network: nn.Module) -> dict[str, object]:
         """What the manifest of a run should say of a network besides its name."""
         return {}
 
 
-def check_size(base: Base, picture: Tensor, noisy: Tensor, factor: int = 1) -> None:
-    """Raise `DataError` unless what was read of control pictures, `factor` pixels to a place, is as large as the latents."""
-    height, width = (side * base.latent_factor for side in noisy.shape[-2:])
+def check_size(base: Base, picture: Tensor, latents: Sequence[int], factor: int = 1) -> None:
+    """Raise `DataError` unless what was read of control pictures, `factor` pixels to a place, is as large as the latents, of
+    which `latents` are height and width."""
+    height, width = (side * base.latent_factor for side in latents)
     found = tuple(side * factor for side in picture.shape[-2:])
     if found != (height, width):
         raise DataError(
@@ -143,3 +172,34 @@ def class_of(folder: Path) -> str | None:
     if not (folder / "config.json").is_file():
         return None
     return str(read_json(folder / "config.json").get("_class_name"))
+
+
+def load_folder(kind: Any, place: Path, base: Base) -> Any:
+    """Load a checked folder as a model class of diffusers, frozen, on the base's device and dtype. Raises `DeltaError`."""
+    dtype = next(base.denoiser.parameters()).dtype
+    try:
+        network = kind.from_pretrained(place, use_safetensors=True, local_files_only=True, dtype=dtype)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DeltaError(f"{place}: cannot be loaded ({first_line(error)})", fix="fetch or copy it anew") from error
+    check_whole(network, place)
+    for parameter in network.parameters():
+        parameter.data = _aligned(parameter.data)
+    return network.to(base.device).requires_grad_(False).eval()
+
+
+def load_file(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file, whose header is checked first. Raises `DeltaError`."""
+    from safetensors import SafetensorError
+    from safetensors import torch as stored
+
+    try:
+        open_header(path)
+        return {name: _aligned(tensor) for name, tensor in stored.load_file(path).items()}
+    except (OSError, DeltaError, SafetensorError) as error:
+        raise DeltaError(f"{path}: cannot be loaded ({first_line(error)})", fix="fetch or copy it anew") from error
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A tensor that lies in a file's bytes as a copy of its own: where memory is not aligned, convolutions may take another
+    way and differ in the last bit from those of the network that was saved."""
+    return tensor.clone() if tensor.data_ptr() % 64 else tensor

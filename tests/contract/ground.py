@@ -64,10 +64,22 @@ class State:
         assert now.modules == self.modules
 
 
+def tiny_eye() -> nn.Module:
+    """A CLIP image encoder of toy size: pictures of 32 pixels, an embedding of 20 values, hidden states of 24."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, projection_dim=20, image_size=32, patch_size=8))
+
+
 @cache
 def base_of(family: str, dtype: torch.dtype = torch.float32) -> Base:
     """A tiny base, made once for all tests: those that change it must change it back."""
-    base = Base(FAMILIES[family].tiny().to(dtype), FAMILIES[family], "tiny").freeze()
+    pipe = FAMILIES[family].tiny()
+    pipe.register_modules(image_encoder=tiny_eye())
+    base = Base(pipe.to(dtype), FAMILIES[family], "tiny").freeze()
     base.pipe.set_progress_bar_config(disable=True)
     predict(base)  # transformers puts hooks of its own on text encoders at the first forward
     return base

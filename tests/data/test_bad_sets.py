@@ -113,6 +113,22 @@ class Bad:
     left: int = 3
 
 
+def half_a_control(folder: Path) -> None:
+    for number in range(3):
+        save(folder / "control" / f"{number}.png", 48, 40, 20 + number)
+    whole = (folder / "control" / "1.png").read_bytes()
+    (folder / "control" / "1.png").write_bytes(whole[: len(whole) // 2])
+
+
+def lined_on_nothing(folder: Path) -> None:
+    """Lines on transparent ground, as drawing programs save them: on white they would be gone."""
+    for number in range(3):
+        lines = pixels(48, 40, 20 + number).convert("RGBA")
+        lines.putalpha(pixels(48, 40, 20 + number).convert("L") if number == 0 else 255)
+        (folder / "control").mkdir(exist_ok=True)
+        lines.save(folder / "control" / f"{number}.png")
+
+
 CASES: dict[str, Bad] = {
     "empty file": Bad(write("1.png", b""), "1.png is empty (0 bytes)", "unreadable", 2),
     "one byte": Bad(write("1.png", b"\x89"), "1.png cannot be read as a picture", "unreadable", 2),
@@ -164,6 +180,34 @@ CASES: dict[str, Bad] = {
     "control of other shape": Bad(
         lambda f: [save(f / "control" / f"{n}.png", 48, 48, 20 + n) for n in range(3)], "expected the same proportions"
     ),
+    "picture without control": Bad(
+        lambda f: [save(f / "control" / f"{n}.png", 48, 40, 20 + n) for n in range(2)], "2.png has no control picture"
+    ),
+    "two controls": Bad(
+        lambda f: [save(f / "control" / name, 48, 40, 20) for name in ("0.png", "1.png", "2.png", "1.jpg")],
+        "1.png has more than one control picture: control/1.jpg, control/1.png",
+    ),
+    "controls in two folders": Bad(
+        lambda f: [save(f / d / f"{n}.png", 48, 40, 20 + n) for d in ("control", "conditioning_images") for n in range(3)],
+        "0.png has more than one control picture: conditioning_images/0.png, control/0.png",
+    ),
+    "control in a row and in a folder": Bad(
+        lambda f: (
+            [save(f / "control" / f"{n}.png", 48, 40, 20 + n) for n in range(3)],
+            save(f / "other" / "x.png", 48, 40, 30),
+            rows({"file_name": "0.png", "control": "other/x.png"})(f),
+        ),
+        "0.png has more than one control picture: other/x.png, control/0.png",
+    ),
+    "two controls in a row": Bad(
+        rows({"file_name": "0.png", "control": "a.png", "conditioning_image": "b.png"}), "line 1 names two controls"
+    ),
+    "control cut in half": Bad(half_a_control, "control/1.png cannot be read as a picture"),
+    "control with transparent parts": Bad(lined_on_nothing, "control/0.png has transparent parts", "transparent"),
+    "packed": Bad(
+        write("shard-000.tar", "x"), "shard-000.tar is an archive that is not read; unpack it here: tar -xf", "stray"
+    ),
+    "parquet": Bad(write("train.parquet", "x"), "train.parquet is an archive that is not read", "stray"),
     "bad row": Bad(rows({"file_name": "0.png", "caption": "x"}), 'rename the key "caption" to "text"'),
     "repeats": Bad(rows({"file_name": "0.png", "repeats": 0}), '"repeats" is 0'),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tests.contract.ground import tiny_eye
 from vgm_peft.config import Table
 from vgm_peft.families import family_named
 from vgm_peft.family import Base
@@ -18,7 +19,9 @@ def tiny_base(family: str) -> Base:
     """One base per family for all tests: a run gives it back as it was, which `test_run.py` proves."""
     if family not in _bases:
         found = family_named(family)
-        _bases[family] = Base(found.tiny(), found, "tiny", digest="0" * 64)
+        pipe = found.tiny()
+        pipe.register_modules(image_encoder=tiny_eye())
+        _bases[family] = Base(pipe, found, "tiny", digest="0" * 64)
     return _bases[family]
 
 

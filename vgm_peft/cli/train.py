@@ -4,7 +4,8 @@ vgm-train dreambooth --images me --class-prompt "a robot"     a subject, from ab
 vgm-train finetune --images pictures                          captioned pictures (.txt beside them, or metadata.jsonl)
 vgm-train textual-inversion --images me --token "<toy>"       a new word (--init-word toy --vectors 2)
 vgm-train dreambooth --images me --class-prompt "a robot" --token "<me>" --vectors 2   a new word and the weights (pivotal)
-vgm-train controlnet --images pairs                           pictures with control pictures (folder control/)
+vgm-train controlnet --data pairs                             pictures with control pictures (folder control/)
+vgm-train t2i-adapter --data pictures --annotator canny       pictures whose control pictures are computed
 vgm-train --recipe two.toml                                   several subjects at once, a [[concept]] each (docs/data.md)
 vgm-train --recipe runs/dreambooth-me-1/run.toml              the same run again
 vgm-train --resume runs/dreambooth-me-1                       an interrupted run, to its end
@@ -21,19 +22,15 @@ if TYPE_CHECKING:
     from vgm_peft.cli import Parser
     from vgm_peft.train import RunConfig, RunResult
 
+TASKS = ("dreambooth", "finetune", "textual-inversion", "controlnet", "t2i-adapter", "ip-adapter", "controlnext")
+
 
 def add_flags(parser: "Parser") -> None:
     """Declare what people change between two runs; `--set` reaches everything else."""
-    parser.add_argument("task", nargs="?", metavar="TASK", help="dreambooth, finetune, textual-inversion or controlnet")
-    parser.add_argument("--images", metavar="DIR", help="the folder of pictures")
+    parser.add_argument("task", nargs="?", metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--images", "--data", metavar="DIR", help="the folder of pictures")
     parser.add_argument("--base", help="toybox (the default), a diffusers folder, a .safetensors checkpoint, or a hub id")
     parser.add_argument("--delta", metavar="NAME", help="what kind of change is trained: lora (the default), krona")
-    parser.add_argument("--class-prompt", metavar="TEXT", help='what kind of thing the subject is: "a robot"')
-    parser.add_argument("--token", metavar="WORD", help="the word that comes to mean it (default: sks)")
-    parser.add_argument(
-        "--vectors", type=int, metavar="N", help="embedding rows of a new word; with dreambooth: pivotal tuning"
-    )
-    parser.add_argument("--init-word", metavar="TEXT", help="what a new word begins as: what the thing roughly is")
     parser.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
     parser.add_argument("--seed", type=int, metavar="S", help="everything random comes from it (default: 0)")
     parser.add_argument("--output", metavar="DIR", help="the run's folder (default: runs/TASK-PICTURES-N)")
@@ -51,6 +48,14 @@ def add_flags(parser: "Parser") -> None:
     )
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any other setting; repeatable")
+    thing = parser.add_argument_group("a subject, or a new word")
+    thing.add_argument("--class-prompt", metavar="TEXT", help='what kind of thing the subject is: "a robot"')
+    thing.add_argument("--token", metavar="WORD", help="the word that comes to mean it (default: sks)")
+    thing.add_argument("--vectors", type=int, metavar="N", help="embedding rows of a new word; with dreambooth: pivotal tuning")
+    thing.add_argument("--init-word", metavar="TEXT", help="what a new word begins as: what the thing roughly is")
+    beside = parser.add_argument_group("a network beside the base")
+    beside.add_argument("--network", metavar="NAME", help="which one, where the task knows several: full, light, plus ...")
+    beside.add_argument("--annotator", metavar="NAME", help="compute the control pictures: canny, depth ... (docs/data.md)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,6 +92,8 @@ def _table(args: argparse.Namespace) -> Table:
         "token": "task.token",
         "vectors": "task.vectors",
         "init_word": "task.init_word",
+        "network": "task.network",
+        "annotator": "data.annotator",
         "steps": "steps",
         "seed": "seed",
         "output": "output",
@@ -116,6 +123,8 @@ def _farewell(config: "RunConfig", result: "RunResult") -> str:
     lines += [f"previews  {folder / 'samples'}"] if result.samples else []
     lines += [f"record    {folder / 'report.html'}, run.toml, manifest.json, metrics.jsonl"]
     prompt = result.prompts[0] if result.prompts else "..."
-    use = ["--control", f"{result.delta}:PICTURE.png"] if result.delta.is_dir() else ["--delta", str(result.delta)]
+    task = config.task_class()
+    flag = "--delta" if task.trains_delta else "--control" if task.steered else "--image-prompt"
+    use = [flag, str(result.delta) if task.trains_delta else f"{result.delta}:PICTURE.png"]
     command = ["vgm-generate", "--base", config.base, *use, "--prompt", prompt, "--output", "picture.png"]
     return "\n".join([*lines, "", "next:", f"  {shlex.join(command)}"])

@@ -96,16 +96,22 @@ def _sound(plan: Plan, examined: Mapping[str, Picture | DataError]) -> dict[str,
     for name, result in examined.items():
         if isinstance(result, DataError):
             # Without its control or mask a picture would be another example: only whole pictures may be left out.
-            faults.take(result, "unreadable" if plan.parts[name] == "picture" else "")
+            faults.take(_placed(result, name), "unreadable" if plan.parts[name] == "picture" else "")
             plan.listing.left_out[name] = "cannot be read"
             continue
-        for kind, what in result.faults if plan.parts[name] == "picture" else ():
+        for kind, what in result.faults if plan.parts[name] in ("picture", "control") else ():
             if kind == "transparent" and plan.source.masks == "alpha":
                 continue
             alike.setdefault((kind, what), []).append(shown(name))
     for (kind, what), found in alike.items():
         faults.add(f"{listed(found)} {what}", _CURES[kind], kind=kind)
     return {name: result for name, result in examined.items() if isinstance(result, Picture)}
+
+
+def _placed(error: DataError, name: str) -> DataError:
+    """What was said of a file by its own name, said by its name in the folder: pairs have the same in two of them."""
+    head = shown(Path(name).name)
+    return DataError(f"{shown(name)}{error.what.removeprefix(head)}", expected=error.expected, fix=error.fix)
 
 
 def _repeated(trained: Mapping[str, Picture], faults: Faults) -> None:

@@ -8,16 +8,22 @@ from typing import Literal
 
 from vgm_peft.data import captions, pictures
 from vgm_peft.data.captions import METADATA, Row, suggestion
+from vgm_peft.data.companions import CONTROL, INSIDE, MASKS, Companions, bare_names, is_beside, root_of, stem
 from vgm_peft.data.faults import names as listed
 from vgm_peft.data.folder import Listing
 from vgm_peft.data.pictures import Picture, shown
 from vgm_peft.errors import DataError
 
-CONTROL, MASKS = "control", "masks"
-"""Subfolders of these names hold control pictures and masks, each named like the picture that it belongs to."""
 Masks = Literal["off", "files", "alpha"]
 """Where masks come from: nowhere, pictures of their own, or the transparency of the pictures."""
-_TABLES = frozenset({".json", ".jsonl", ".csv", ".parquet", ".yaml", ".yml", ".toml"})
+_TABLES = frozenset({".json", ".jsonl", ".csv", ".yaml", ".yml", ".toml"})
+_PACKED = {
+    ".parquet": "unpack it into picture files with metadata.jsonl (docs/data.md shows how)",
+    ".arrow": "unpack it into picture files with metadata.jsonl (docs/data.md shows how)",
+    ".tar": "unpack it here: tar -xf",
+    ".zip": "unpack it here",
+}
+"""Files that may hold the whole data set and are not read as they are."""
 _MASK_ENDS = ("-masklabel", "_mask", "-mask")
 
 
@@ -31,6 +37,8 @@ class Source:
     require_captions: bool = False
     require_controls: bool = False
     masks: Masks = "off"
+    annotator: str = ""
+    """What computes the control pictures; pictures that have some of their own are then a fault."""
     trigger: str = ""
     """A word that every caption begins with, put there where it is not in it."""
     repeats: int = 1
@@ -45,10 +53,12 @@ class Plan:
         names = [name for name in listing.files if _suffix(name) in pictures.SUFFIXES]
         self.pictures = {_key(name): name for name in names}
         self.rows = self._rows()
-        self.controls = self._companions(names, CONTROL, {n: r.control for n, r in self.rows.items() if r.control})
-        self.masks = self._masks(names)
+        self._taken = {name for row in self.rows.values() for name in (row.control, row.mask) if name}
+        own = self._own(names)
+        self.controls = self._controls(names, own)
+        self.masks = self._masks(names, own)
         beside = {*self.controls.values(), *self.masks.values()}
-        self.examples = [n for n in names if n in self.rows or ("/" not in n and n not in beside)]
+        self.examples = [name for name in own if name in self.rows or name not in beside]
         self._used = {*self.examples, *beside, METADATA}
         self._used_folders = {n.partition("/")[0] for n in self._used if "/" in n}
         self.parts: dict[str, str] = {METADATA: "metadata"} if METADATA in listing.files else {}
@@ -89,35 +99,31 @@ class Plan:
             self.faults.add(f"{METADATA} line {line}: {shown(name)} {kind}", fix, kind="orphan")
         return found
 
-    def _companions(self, names: Sequence[str], folder: str, named: Mapping[str, str]) -> dict[str, str]:
-        """Picture -> the picture that goes with it, as rows name it or from the subfolder."""
-        out, what = dict(named), "control picture" if folder == CONTROL else "mask"
-        taken, inside = {n for r in self.rows.values() for n in (r.control, r.mask) if n}, f"{folder}/"
-        waiting = {_stem(n.removeprefix(inside)): n for n in names if n.startswith(inside) and n not in taken}
-        if not waiting and not (self.source.require_controls or folder == MASKS):
-            return out
-        for name in names:
-            own = name in self.rows or ("/" not in name and name not in taken)
-            if own and name not in out:
-                beside = waiting.pop(_stem(name), None)
-                if beside is not None:
-                    out[name] = beside
-                else:
-                    kind = "mask" if folder == MASKS else ""
-                    self.faults.add(f"{shown(name)} has no {what}", f"add {inside}{shown(name)}", kind=kind)
-        for left in waiting.values():
-            self.faults.add(
-                f"{shown(left)} is a {what} that belongs to no picture",
-                "name it like the picture it belongs to, or delete it",
-                kind="orphan",
+    def _own(self, names: Sequence[str]) -> list[str]:
+        """The pictures that are there for themselves: those that rows name, and those in the folder (or its `images/`)."""
+        root, stems = root_of(names, bool(self.rows)), bare_names(names)
+        here = (n for n in names if n.startswith(root) and "/" not in n.removeprefix(root))
+        free = {n for n in here if n not in self._taken and not is_beside(n, stems)}
+        return [name for name in names if name in self.rows or name in free]
+
+    def _controls(self, names: Sequence[str], own: Sequence[str]) -> dict[str, str]:
+        """Picture -> its control picture; where they are to be computed, that there are any is a fault."""
+        named = {n: r.control for n, r in self.rows.items() if r.control}
+        out = Companions(CONTROL, names, self._taken, self.faults).match(own, named, self.source.require_controls)
+        if (annotator := self.source.annotator) and out:
+            what = (
+                f"there are control pictures for {listed([shown(name) for name in out], 3)}, and {annotator} is to make others"
             )
+            self.faults.add(what, "leave out --annotator, or take them out of the folder")
+        elif annotator:
+            self.notes.append(f"control pictures are computed from the pictures: {annotator}")
         return out
 
-    def _masks(self, names: Sequence[str]) -> dict[str, str]:
+    def _masks(self, names: Sequence[str], own: Sequence[str]) -> dict[str, str]:
         """Picture -> its mask, where masks are files; masks that would not be used are a fault."""
         named = {n: r.mask for n, r in self.rows.items() if r.mask}
         if self.source.masks == "files":
-            return self._companions(names, MASKS, named)
+            return Companions(MASKS, names, self._taken, self.faults).match(own, named, required=True)
         if named:
             what = f'{METADATA} names masks, but data.masks is "{self.source.masks}"'
             self.faults.add(what, '--set data.masks=files, or take the column "mask" out', kind="stray")
@@ -128,7 +134,7 @@ class Plan:
         owners: dict[str, list[str]] = {}
         for name in self.examples:
             owners.setdefault(_key(name), []).append(name)
-            owners.setdefault(_stem(name), []).append(name)
+            owners.setdefault(stem(name), []).append(name)
         sources: dict[str, list[tuple[str, str]]] = {}
         for file in (n for n in self.listing.files if _suffix(n) in captions.SUFFIXES):
             owner = self._owner(file, owners)
@@ -156,7 +162,7 @@ class Plan:
 
     def _owner(self, file: str, owners: Mapping[str, Sequence[str]]) -> str | None:
         """The picture a caption file belongs to; a caption without one, or with two to choose from, is a fault."""
-        found = owners.get(_stem(file), ())
+        found = owners.get(stem(file), ())
         if len(found) == 1:
             return found[0]
         if found:
@@ -196,10 +202,12 @@ class Plan:
         suffix, what, fix, kind = _suffix(name), "is neither a picture nor a caption", _NEITHER, "stray"
         if suffix in pictures.OTHER_PICTURES:
             what, fix, kind = "is in a format that is not read", "convert it to PNG, JPEG or WebP", "unreadable"
+        elif suffix in _PACKED:
+            what, fix = "is an archive that is not read", _PACKED[suffix]
         elif suffix in _TABLES:
             what, fix = "is a table that is not read", _TABLE
         elif suffix in pictures.SUFFIXES:
-            if name.startswith((f"{CONTROL}/", f"{MASKS}/")):
+            if name.startswith(INSIDE):
                 return  # told as what belongs to no picture
             what, fix = f"lies in a subfolder and {METADATA} does not name it", "name it there, or move it"
         self.faults.add(f"{shown(name)} {what}", fix, kind=kind)
@@ -237,9 +245,9 @@ class Plan:
                     sizes = f"{other.width} x {other.height}, {shown(name)} {picture.width} x {picture.height}"
                     fix = f"make the {what} in the picture's proportions"
                     self.faults.add(f"{shown(beside)} is {sizes}", fix, expected="the same proportions")
-        stems = {_stem(name) for name in self.examples}
+        stems = {stem(name) for name in self.examples}
         for name in self.examples:
-            end = next((end for end in _MASK_ENDS if _stem(name).removesuffix(end) in stems - {_stem(name)}), None)
+            end = next((end for end in _MASK_ENDS if stem(name).removesuffix(end) in stems - {stem(name)}), None)
             if end:
                 fix = f"move it to {MASKS}/ under the picture's name and --set data.masks=files, or give it another name"
                 self.faults.add(f"{shown(name)} is named like a mask, but would be trained as a picture", fix)
@@ -261,10 +269,6 @@ def _holds_caption(path: Path) -> bool:
 
 def _key(name: str) -> str:
     return unicodedata.normalize("NFC", name)
-
-
-def _stem(name: str) -> str:
-    return _key(str(PurePosixPath(name).with_suffix("")))
 
 
 def _suffix(name: str) -> str:

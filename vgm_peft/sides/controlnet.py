@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from vgm_peft.errors import DeltaError
 from vgm_peft.family import Base
-from vgm_peft.folders import check_component, check_whole, first_line, read_json, replace_folder
-from vgm_peft.side import Features, Side, Speaker, check_size, class_of, question
+from vgm_peft.folders import check_component, read_json, replace_folder
+from vgm_peft.side import Features, Side, Speaker, check_size, class_of, load_folder, question
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -71,13 +71,7 @@ class ControlNet(Side):
 
         check_component(place)
         _check_fit(read_json(place / "config.json"), base, place)
-        dtype = next(base.denoiser.parameters()).dtype
-        try:
-            network = ControlNetModel.from_pretrained(place, use_safetensors=True, local_files_only=True, dtype=dtype)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise DeltaError(f"{place}: cannot be loaded ({first_line(error)})", fix="fetch or copy it anew") from error
-        check_whole(network, place)
-        return _to(network, base.device).requires_grad_(False).eval()
+        return load_folder(ControlNetModel, place, base)
 
     def save(self, network: nn.Module, place: Path) -> Path:
         """Write the diffusers folder; one that stood there before is replaced only when the new one is whole."""
@@ -99,7 +93,7 @@ class ControlNet(Side):
             if heard is None:
                 return None
             (control,) = heard.features
-            check_size(base, control, noisy)
+            check_size(base, control, noisy.shape[-2:])
             extra = told.get("added_cond_kwargs")
             hidden = told["encoder_hidden_states"] if len(args) < 3 else args[2]
             down, mid = network(

@@ -51,7 +51,9 @@ class Controls:
         for control in self._all:
             use = control.use
             span = (use.start, use.end)
-            self._besides.append(Beside(self._base, control.side, control.network, use.strength, span=span, guess=use.guess))
+            beside = Beside(self._base, control.side, control.network, use.strength, span=span, guess=use.guess)
+            self._besides.append(beside)
+            beside.layers = control.side.layers(self._base, use.layers)
 
     @torch.no_grad()
     def show(self, width: int, height: int) -> None:

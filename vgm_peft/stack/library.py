@@ -1,13 +1,13 @@
 """Finding delta files in folders that were named as libraries, and nowhere else."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vgm_peft.errors import DeltaError
 from vgm_peft.picture import label
-from vgm_peft.stack.recipe import Stack, network_sha256, sha256
+from vgm_peft.stack.recipe import Stack, delta_sha256, network_sha256
 
 MAX_FILES = 10_000
 DEPTH = 4
@@ -44,7 +44,9 @@ def locate(stack: Stack, folders: Sequence[Path]) -> Stack:
     Raises `DeltaError` for a file that is in none of them.
     """
     files = [path for folder in folders for path in _files(folder)]
-    deltas = tuple(replace(d, file=str(_match(d.file, d.digest, files))) for d in stack.deltas)
+    by_part = {p.parent.parent for folder in folders for p in folder.rglob("adapter_model.safetensors")} if stack.deltas else ()
+    places = [*files, *(p for p in sorted(by_part) if any(p.as_posix().endswith(f"/{d.file}") for d in stack.deltas))]
+    deltas = tuple(replace(d, file=str(_match(d.file, d.digest, places, delta_sha256))) for d in stack.deltas)
     networks = [p.parent for folder in folders for p in sorted(folder.rglob("config.json"))] if stack.controls else []
     controls = tuple(
         replace(
@@ -62,12 +64,12 @@ def _picture(name: str, digest: str, folders: Sequence[Path]) -> str:
     return str(_match(name, digest, [p for folder in folders for p in sorted(folder.rglob(name))]))
 
 
-def _match(name: str, digest: str, places: Sequence[Path]) -> Path:
+def _match(name: str, digest: str, places: Sequence[Path], of: Callable[[Path], str] = network_sha256) -> Path:
     named = [p for p in places if p.as_posix().endswith(f"/{name}")]
     if not digest and named:
         return named[0].absolute()
     for path in (*named, *(p for p in places if p not in named)):
-        if digest == (network_sha256(path) if path.is_dir() else sha256(path)):
+        if digest == of(path):
             return path.absolute()
     raise DeltaError(
         f'"{name}" ({digest[:12] or "no digest"}) is in none of the folders searched', fix="name the folder that holds it"

@@ -69,6 +69,8 @@ class ControlUse:
     """Until which."""
     mask: str = ""
     """Path of a picture that is white where the network is heard; everywhere without one."""
+    layers: str = ""
+    """Which layers hear it, where its kind knows choices: `style`, `layout`, `style+layout` (IP-Adapters); else all."""
     guess: bool = False
     """Whether the half without the prompt does not hear it, for pictures from the control alone (ControlNets)."""
     network_digest: str = ""
@@ -82,6 +84,7 @@ class ControlUse:
         _text("controls.network", self.network, 1, 4096)
         _text("controls.image", self.image, 1, 4096)
         _text("controls.mask", self.mask, 0, 4096)
+        _text("controls.layers", self.layers, 0, 200)
         _number(f"strength of {self.network}", self.strength, -100.0, 100.0)
         _number(f"start of {self.network}", self.start, 0.0, 1.0)
         _number(f"end of {self.network}", self.end, self.start, 1.0)
@@ -182,7 +185,7 @@ class Stack:
         Deltas named in `skip` are in memory and stay as they are.
         """
         deltas = tuple(
-            d if d.file in skip else replace(d, digest=self._checked(d.file, sha256(self.path(d.file)), d.digest))
+            d if d.file in skip else replace(d, digest=self._checked(d.file, delta_sha256(self.path(d.file)), d.digest))
             for d in self.deltas
         )
         controls = tuple(
@@ -230,6 +233,19 @@ def sha256(path: Path) -> str:
         return digests_of([path])[0]
     except OSError as error:
         raise DeltaError(f"{path}: cannot be read ({error.strerror})", fix="check the path") from None
+
+
+def delta_sha256(path: Path) -> str:
+    """SHA-256 of a delta's file, in hex; of a folder with one for every part over the names and bytes of all in it."""
+    if not path.is_dir():
+        return sha256(path)
+    from vgm_peft.formats import files_of
+
+    files = files_of(path)
+    if len(files) == 1:
+        return sha256(files[0])
+    all_of = [p for file in files for p in (file, file.with_name("adapter_config.json")) if p.is_file()]
+    return hashlib.sha256("".join(f"{p.relative_to(path).as_posix()}:{sha256(p)}\n" for p in all_of).encode()).hexdigest()
 
 
 def network_sha256(folder: Path) -> str:

@@ -59,7 +59,7 @@ def _train_eye(args: argparse.Namespace) -> int:
     from vgm_peft.toybox.eye_train import CARD, EyeSettings, train_eye
 
     torch.set_num_threads(args.threads)
-    train_eye(args.output, EyeSettings(seed=args.seed))
+    train_eye(args.output, EyeSettings(seed=args.seed, steps=args.steps, pictures=args.pictures))
     print((args.output / CARD).read_text().rstrip())
     return 0
 
@@ -148,6 +148,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     eye = commands.add_parser("train-image-encoder", help="train what IP-Adapters of the base see with (minutes on a thread)")
     eye.add_argument("--output", type=Path, default=Path("assets/toybox/image_encoder"), metavar="DIR")
     eye.add_argument("--seed", type=int, default=0)
+    eye.add_argument("--steps", type=int, default=900, help="batches (default 900)")
+    eye.add_argument("--pictures", type=int, default=5000, help="renders to learn from (default 5000)")
     eye.add_argument("--threads", type=int, default=1, help="CPU threads; the result depends on them (default 1)")
     base = commands.add_parser("train-base", help="train the embedded base from nothing (resumes)")
     if command == "train-base":  # its flags live with it

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nf
 
-from vgm_peft.folders import replace_folder
+from vgm_peft.folders import read_json, replace_file, replace_folder
 from vgm_peft.toybox.cast import SUBJECTS, subject_scenes
 from vgm_peft.toybox.optim import muon_for
 from vgm_peft.toybox.oracle_data import NEVER, lookalikes, mirrored, reader_labels, reader_scene, seen, worn
@@ -45,6 +45,12 @@ class EyeSettings:
     steps: int = 900
     batch: int = 24
     """Pictures with labels in a step; as many come of toys seen twice."""
+    fitted: int = 2400
+    """Fresh pictures that the card's linear probe is fitted to,"""
+    asked: int = 800
+    """and those of which it is asked."""
+    sights: int = 16
+    """Of each held-out subject, for the card."""
     seed: int = 0
 
 
@@ -89,12 +95,22 @@ def train_eye(folder: Path, settings: EyeSettings | None = None, tell: Callable[
         loss.backward()
         optimiser.step()
         if (step + 1) % 100 == 0:
-            tell(f"step {step + 1}: loss {float(loss):.3f}")
+            tell(f"step {step + 1}: loss {loss.item():.3f}")
     eye.eval().half()
-    card = measure(eye.float())  # what float16 keeps of it
+    card = measure(eye.float(), settings)  # what float16 keeps of it
     with replace_folder(folder, owned=lambda place: (place / CARD).is_file()) as aside:
         eye.half().save_pretrained(aside)
         (aside / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    announce(folder)
+
+
+def announce(folder: Path) -> None:
+    """Name the encoder in the `model_index.json` of the base in whose folder it lies, so that stock diffusers loads it."""
+    path = folder.parent / "model_index.json"
+    if path.is_file():
+        index = {**read_json(path), folder.name: ["transformers", "CLIPVisionModelWithProjection"]}
+        with replace_file(path, owned=lambda _: True) as aside:
+            aside.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _render(settings: EyeSettings) -> _Data:
@@ -129,19 +145,19 @@ def _losses(eye: nn.Module, heads: nn.ModuleDict, data: _Data, settings: EyeSett
 
 
 @torch.no_grad()
-def measure(eye: CLIPVisionModelWithProjection, seed: int = 1, fitted: int = 2400, asked: int = 800) -> dict[str, object]:
+def measure(eye: CLIPVisionModelWithProjection, settings: EyeSettings) -> dict[str, object]:
     """What a linear probe reads from fresh renders, of the embedding and of the mean of the last hidden states but one; and
     how often the nearest of the eight held-out subjects, by one picture each, is the right one."""
-    rng = random.Random(f"image encoder card {seed}")
-    scenes = [reader_scene(rng) for _ in range(fitted + asked)]
+    rng, fitted = random.Random(f"image encoder card {settings.seed + 1}"), settings.fitted
+    scenes = [reader_scene(rng) for _ in range(fitted + settings.asked)]
     labels = torch.tensor([reader_labels(scene) for scene in scenes])
     embeds, states = _features(eye, _pictures(scenes))
-    sights = [_features(eye, _pictures(list(subject_scenes(s.name, 17, seed=992))))[0] for s in SUBJECTS]
+    sights = [_features(eye, _pictures(list(subject_scenes(s.name, 1 + settings.sights, seed=992))))[0] for s in SUBJECTS]
     embedded = nf.normalize(torch.stack(sights), dim=-1)
     nearest = torch.einsum("spe,te->spt", embedded[:, 1:], embedded[:, 0]).argmax(-1)
     right = (nearest == torch.arange(len(SUBJECTS))[:, None]).float().mean()
     return {
-        "pictures": asked,
+        "pictures": settings.asked,
         "embedding": _probe(embeds, labels, fitted),
         "hidden_states": _probe(states, labels, fitted),
         "subject": round(float(right), 4),

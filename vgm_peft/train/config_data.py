@@ -32,10 +32,18 @@ class DataConfig:
     masks: Literal["off", "files", "alpha"] = "off"
     """Where pictures count: `files` are white there (`masks/NAME`, or `mask` in metadata.jsonl), `alpha` is their own
     transparency."""
+    annotator: str = ""
+    """Side networks: what computes the control pictures from the pictures, in place of control pictures beside them."""
+    annotator_weights: str = ""
+    """Its weights, a folder or hub id, where it has any; left out: its authors' on the hub."""
     trigger: str = ""
     """A word that every caption begins with; put there where the caption does not hold it."""
     caption_dropout: float = 0.0
     """Share of captions replaced by the empty one, 0 .. 1, which keeps guidance working in long runs (0.1 is usual)."""
+    control_dropout: float = 0.0
+    """Share of pictures that what steers them is kept from, 0 .. 1, so that guidance grows strong by it (IP-Adapters)."""
+    both_dropout: float | None = None
+    """Share of pictures that lose caption and what steers them together, part of both shares; left out: their product."""
     caption_orders: int = 1
     """In how many orders the tags of a caption (between commas) are shown, 8 being plenty; 1 is as written. All are cached."""
     keep_tokens: int = 0
@@ -53,6 +61,10 @@ class DataConfig:
         within("zoom", self.zoom, 1.0, 4.0)
         within("batch", self.batch, 1, 65536)
         within("caption_dropout", self.caption_dropout, 0.0, 1.0)
+        within("control_dropout", self.control_dropout, 0.0, 1.0)
+        if self.both_dropout is not None:
+            fewest = max(0.0, self.caption_dropout + self.control_dropout - 1.0)
+            within("both_dropout", self.both_dropout, fewest, min(self.caption_dropout, self.control_dropout))
         within("caption_orders", self.caption_orders, 1, 256)
         within("keep_tokens", self.keep_tokens, 0, 1000)
         within("cache_gib", 1.0 if self.cache_gib is None else self.cache_gib, 1e-6, 1e9)
@@ -60,6 +72,12 @@ class DataConfig:
             raise ConfigError(f"zoom = {self.zoom} without further crops", expected="crops of 2 or more", fix="crops = 4")
         if self.keep_tokens and self.caption_orders == 1:
             raise ConfigError(f"keep_tokens = {self.keep_tokens}, but captions keep their order", fix="caption_orders = 8")
+        if self.annotator:
+            from vgm_peft.annotate import check_name
+
+            check_name(self.annotator)
+        elif self.annotator_weights:
+            raise ConfigError(f'annotator_weights = "{self.annotator_weights}" without an annotator', fix='annotator = "depth"')
         if self.allow:
             from vgm_peft.data.faults import check_kinds
 

@@ -137,8 +137,12 @@ def _moved(layer: Table, move: Callable[[str], str], is_path: Callable[[str], bo
     """Return a table with its paths moved: the folders of pictures, and the base where that is a path and no name."""
     out = dict(layer)
     data, base, concepts = out.get("data"), out.get("base"), out.get("concept")
-    if isinstance(data, dict) and isinstance(images := data.get("images"), str) and images:
-        out["data"] = {**data, "images": move(images)}
+    if isinstance(data, dict):
+        if isinstance(images := data.get("images"), str) and images:
+            data = {**data, "images": move(images)}
+        if isinstance(weights := data.get("annotator_weights"), str) and weights and is_path(weights):
+            data = {**data, "annotator_weights": move(weights)}
+        out["data"] = data
     if isinstance(concepts, list):
         out["concept"] = [
             {**c, "images": move(images)} if isinstance(c, dict) and isinstance(images := c.get("images"), str) else c

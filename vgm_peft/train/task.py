@@ -166,8 +166,12 @@ class Task(ABC, Generic[Batch]):
     name: ClassVar[str]
     Options: ClassVar[type]
     """A frozen dataclass: what stands in `[task]` besides `name`."""
+    drops_controls: ClassVar[bool] = False
+    """Its pictures can be without what steers them: `data.control_dropout` means something."""
     trains_delta: ClassVar[bool] = True
     """Whether `[delta]` says anything to it."""
+    steered: ClassVar[bool] = False
+    """Whether it learns from control pictures, so that an annotator says anything to it."""
 
     @classmethod
     def sources(cls, config: "RunConfig") -> "tuple[Source, ...]":
@@ -181,6 +185,7 @@ class Task(ABC, Generic[Batch]):
                 caption=concept.prompt or None,
                 trigger=concept.token or data.trigger,
                 masks=data.masks,
+                annotator=data.annotator,
                 repeats=concept.repeats,
             )
             for concept in config.concepts

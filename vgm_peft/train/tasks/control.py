@@ -4,9 +4,9 @@ One task for the whole table of side networks; its name is the network's, its op
 pictures teach most of them (Zhang et al. 2023, arXiv 2302.05543); those that are taught by the picture itself need no more.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self, cast
 
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from vgm_peft.beside import Beside
-from vgm_peft.data import Source, load_control, load_pixels
+from vgm_peft.data import Source
 from vgm_peft.family import Base
 from vgm_peft.side import Side
 from vgm_peft.train.config import RunConfig
+from vgm_peft.train.config_data import DataConfig
+from vgm_peft.train.controls import Controls
 from vgm_peft.train.manifest import digest_of_examples
 from vgm_peft.train.objective import Lesson, Objective
 from vgm_peft.train.pictures import Cut, Pictures, Prompts, Shown
 from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
 
-KEPT_BYTES = 2**30
-"""Control pictures kept in memory, 8 bits a value; what does not fit is read from its file at every turn."""
 PREVIEWS = 4
 
 
@@ -34,6 +34,8 @@ class Pair:
 
     shown: Shown
     control: Tensor
+    unseen: Tensor | None = None
+    """Which of them the network is to say nothing of, (B,) of bool."""
 
 
 @dataclass
@@ -50,22 +52,25 @@ class Control(Task[Pair]):
     pictures: Pictures
     prompts: Prompts
     objective: Objective
-    kept: dict[Cut, Tensor] = field(default_factory=dict[Cut, Tensor])
+    controls: Controls
 
     @classmethod
     def of(cls, side: Side) -> "type[Control]":
         """Return the task that trains a side network of this kind."""
-        return cast("type[Control]", type(side.name, (cls,), {"side": side, "name": side.name, "Options": side.Options}))
+        own = {"side": side, "name": side.name, "Options": side.Options, "steered": side.paired}
+        return cast("type[Control]", type(side.name, (cls,), own | {"drops_controls": type(side).silence is not Side.silence}))
 
     @classmethod
     def sources(cls, config: RunConfig) -> tuple[Source, ...]:
-        """Every picture must have one that steers, where the network is taught by pairs."""
-        return tuple(replace(source, require_controls=cls.side.paired) for source in super().sources(config))
+        """Every picture must have one that steers, where the network is taught by pairs, unless it is computed."""
+        required = cls.side.paired and not config.data.annotator
+        return tuple(replace(source, require_controls=required) for source in super().sources(config))
 
     @classmethod
     def prepare(cls, setup: Setup) -> Self:
         """Cache latents and prompts, and make the network."""
         pictures = Pictures(setup.report.examples, setup)
+        controls = Controls(pictures, cls.side.paired, setup)
         prompts = Prompts(pictures.captions(), setup, live=False)
         network = cls.side.create(setup.base, setup.options(cls.Options), setup.config.seed)
         if setup.config.compute.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
@@ -73,26 +78,30 @@ class Control(Task[Pair]):
         setup.rest(False)
         beside = setup.cleanup.enter_context(Beside(setup.base, cls.side, network))
         objective = Objective.of(setup.base, setup.config.loss)
-        return cls(setup.config, setup.base, network, beside, pictures, prompts, objective)
+        return cls(setup.config, setup.base, network, beside, pictures, prompts, objective, controls)
 
     def groups(self) -> list[Group]:
         """The network's parameters; its first-level modules are what must move."""
-        named: dict[str, nn.Parameter] = {}
+        rated: dict[float, dict[str, nn.Parameter]] = {}
         for name, parameter in self.network.named_parameters():
             head, _, rest = name.partition(".")
-            named[f"{self.side.name}.{head}/{rest}"] = parameter
-        return [Group(self.config.optimiser.lr, named)]
+            rated.setdefault(self.side.rate(name), {})[f"{self.side.name}.{head}/{rest}"] = parameter
+        return [Group(self.config.optimiser.lr * share, named) for share, named in rated.items()]
 
     def batch(self, turn: Turn) -> Pair:
         """Pictures and their control pictures, cut and mirrored alike."""
         shown = self.pictures.draw(turn)
-        controls = [self._control(cut) for cut in shown.cuts]
-        return Pair(shown, torch.stack(controls).to(self.pictures.device).float().div_(255.0))
+        controls = [self.controls(cut) for cut in shown.cuts]
+        return Pair(
+            shown,
+            torch.stack(controls).to(self.pictures.device).float().div_(255.0),
+            unseen(self.config.data, shown.captions, turn),
+        )
 
     def loss(self, batch: Pair, turn: Turn) -> Tensor:
         """The mean over the pictures, of the base with what the network adds."""
         shown = batch.shown
-        self.beside.tell(batch.control)
+        self.beside.tell(batch.control, batch.unseen)
         condition = self.prompts(shown.captions)
         return self.objective.losses(Lesson(shown.x0, condition, shown.sizes, shown.mask), turn).mean()
 
@@ -115,23 +124,23 @@ class Control(Task[Pair]):
     def facts(self) -> Mapping[str, object]:
         """For the manifest."""
         examples = self.pictures.examples
-        return {"data": {"pictures": len(examples), "sha256": digest_of_examples(examples)}, "network": self.side.name}
-
-    def _control(self, cut: Cut) -> Tensor:
-        """One control picture, (3, P, Q) uint8."""
-        kept = self.kept.get(cut)
-        if kept is None:
-            example = self.pictures.examples[cut.example]
-            if self.side.paired:
-                floats = load_control(example, cut.crop, cut.flip)
-            else:
-                floats = (load_pixels(example, cut.crop, cut.flip) + 1.0) / 2.0
-            kept = (floats * 255.0).round().to(torch.uint8)
-            if (len(self.kept) + 1) * kept.numel() <= KEPT_BYTES:
-                self.kept[cut] = kept
-        return kept
+        data = {"pictures": len(examples), "sha256": digest_of_examples(examples), **self.controls.facts()}
+        return {"data": data, "network": self.side.name}
 
     def _upright(self, index: int) -> Tensor:
         """What steers a picture as it is drawn in a preview, (1, 3, P, Q) in 0 .. 1."""
         crop = next(view.crops[0] for view in self.pictures.views if view.example == index)
-        return self._control(Cut(index, crop, False))[None].to(self.pictures.device).float().div_(255.0)
+        return self.controls(Cut(index, crop, False))[None].to(self.pictures.device).float().div_(255.0)
+
+
+def unseen(data: DataConfig, captions: Sequence[str], turn: Turn) -> Tensor | None:
+    """Draw which pictures of a turn lose what steers them, (B,) of bool; more often those without a caption, if both together
+    are to be more frequent than chance. None where none ever does."""
+    words, controls = data.caption_dropout, data.control_dropout
+    if not controls:
+        return None
+    both = words * controls if data.both_dropout is None else data.both_dropout
+    without = both / words if words else controls
+    with_words = (controls - both) / (1.0 - words) if words < 1.0 else controls
+    chance = torch.tensor([with_words if caption else without for caption in captions])
+    return torch.rand(len(captions), generator=turn.generator("controls")) < chance
