@@ -21,6 +21,7 @@ NOUNS = (
     "site",
     "delta",
     "shares",
+    "sums",
     "socket",
     "attachment",
     "process",
@@ -40,7 +41,7 @@ LAYERS = (
     NOUNS,
     ROOMS,
     ("formats",),
-    ("stack", "data", "picture"),
+    ("stack", "data", "picture", "annotate"),
     ("tools",),
     ("train",),
     ("studio", "bench"),
@@ -49,7 +50,7 @@ LAYERS = (
 """From the ground up; a module imports its own layer or lower ones. The rooms of one layer never import one another."""
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 APART = {*ROOMS, "stack", "data", "studio", "cli"}
-TOYBOX = {"errors", "config", *NOUNS, "families", "deltas", "stack", "data", "formats", "picture", "toybox"}
+TOYBOX = {"errors", "config", *NOUNS, "families", "deltas", "sides", "stack", "data", "formats", "picture", "toybox"}
 """The world has no place in the order: it is a customer of the toolkit, and only what faces the user knows it."""
 MAX_LINES = 300
 HOMES: dict[str, str] = vgm_peft._HOMES

@@ -25,6 +25,7 @@ from vgm_peft.errors import DeltaError
 from vgm_peft.shares import Deriving, Shares
 from vgm_peft.site import Site, locate
 from vgm_peft.socket import Socket, socket_of
+from vgm_peft.sums import Vector, add
 
 Parts = Mapping[str, nn.Module]
 
@@ -77,6 +78,9 @@ class Attachment(_Owner):
                 shares = Shares()
                 self.clocks.append(parts[part].register_forward_pre_hook(partial(self._deal, part, shares)))
                 self.clocks.append(parts[part].register_forward_hook(partial(_close, shares), always_call=True))
+            for part in sorted({patch.site.part for patch in delta if isinstance(patch, Vector)}):
+                self.clocks.append(parts[part].register_forward_pre_hook(partial(self._place, part)))
+                self.clocks.append(parts[part].register_forward_hook(partial(self._lift, part), always_call=True))
         except BaseException:
             self.remove()
             raise
@@ -101,11 +105,28 @@ class Attachment(_Owner):
         """Let the patches of a part that act derive together what follows from their parameters (a forward pre-hook)."""
         mine = (
             (patch, socket.joined_base(patch) if patch.makes_changes else None)
-            for socket in dict.fromkeys(self.sockets)
+            for socket in self._sockets_of(part)
             for patch, owner in socket.live
-            if owner is self and isinstance(patch, Deriving) and patch.site.part == part and self.strength_of(patch.site) != 0.0
+            if owner is self and isinstance(patch, Deriving) and self.strength_of(patch.site) != 0.0
         )
         shares.deal(mine)
+
+    def _place(self, part: str, *_: object) -> None:
+        """Let sums with vectors stand in the places of parameters of a part (a forward pre-hook)."""
+        places = [(socket, terms) for socket in self._sockets_of(part) if (terms := socket.terms(self))]
+        made = iter(add([term for _, terms in places for term in terms]))
+        for socket, terms in places:
+            socket.place({term.name: next(made) for term in terms})
+
+    def _lift(self, part: str, *_: object) -> None:
+        """Give the layers of a part their parameters back (a forward hook)."""
+        for socket in self._sockets_of(part):
+            if socket.placed:
+                socket.lift()
+
+    def _sockets_of(self, part: str) -> list[Socket]:
+        """Return the sockets on layers of a part, each once."""
+        return [socket for socket in dict.fromkeys(self.sockets) if socket.live and socket.live[0][0].site.part == part]
 
     def strength_of(self, site: Site) -> float:
         """The effective strength at one of the delta's sites."""

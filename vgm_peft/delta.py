@@ -139,6 +139,10 @@ class Patch(nn.Module, ABC):
         """Return what joins the weight for one forward: dW, of which training may hide a part."""
         return self.change(base)
 
+    def add_change(self, weight: Tensor, base: Tensor, strength: float) -> Tensor:
+        """Return `weight` + strength * live_change(base), a new tensor; a subclass may fuse the sum into its last operation."""
+        return torch.add(weight, self.live_change(base).to(weight.dtype), alpha=strength)
+
     def presence(self) -> float:
         """Return 1, or 0 in a forward that `module_dropout` leaves the patch out of: strength 0, so with gradients of zero."""
         share = getattr(self.options, "module_dropout", 0.0) if self.drops else 0.0
@@ -155,6 +159,10 @@ class Patch(nn.Module, ABC):
         """
         name = "diff_b" if self.site.tensor == "bias" else "w_norm" if self.site.op == "norm" else "diff"
         return {name: self.change(base).detach()}
+
+    def adapt(self) -> dict[str, Tensor] | None:
+        """Return tensors under suffixes that are peft's alone, as `unpack` reads them; None where there are none."""
+        return None
 
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> "Self | None":

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vgm_peft.delta import Call, Patch
 from vgm_peft.site import Site
+from vgm_peft.sums import Term, Vector
 
 if TYPE_CHECKING:
     from vgm_peft.attachment import Attachment, Fusion
@@ -26,6 +27,8 @@ SMALL = 2**15
 Measured on one CPU core, forward and backward, dW joining the weight over acting by itself, for seven methods: 0.2 to 1.0 at
 128x128 (64 to 512 tokens), 0.6 to 1.5 at 256x256, 0.5 to 1.9 at 320x320, 1.2 to 3.9 at 640x640. How many tokens there are
 matters little: both ways pay for them. Of SD1.5's layers only the first and last convolution are so small."""
+
+WIDE = (torch.float32, torch.float64)
 
 
 class Socket:
@@ -43,6 +46,10 @@ class Socket:
         self.x: Tensor | None = None
         self.active: list[tuple[Patch, float]] | None = None
         """In a forward: the patches that act in it, from when the first hook has drawn them."""
+        self.sums_alone = False
+        """Whether what is live are vectors, each on a tensor of its own, that join it."""
+        self.placed: dict[str, Tensor] = {}
+        """In a forward of the part: sums that stand in the parameters' places until `lift`, with all patches in them."""
         layer.__dict__[_SOCKET] = self
 
     @staticmethod
@@ -57,6 +64,10 @@ class Socket:
         come on top of their sum. Then they wait for their turn at the output. Patches that may join the weight do so only
         all together, because who stays at the output may need the untouched layer's own product there.
         """
+        if self.placed:
+            if next(iter(self.placed.values())).requires_grad or not torch.is_grad_enabled():
+                return None
+            self.lift()
         x = _input(args, kwargs)
         self._follow(x.device)
         self.active = active = self._drawn()
@@ -84,12 +95,14 @@ class Socket:
         for patch, strength in weighing:
             name = patch.site.tensor
             tensor = shadows[name] if name in shadows else cast(Tensor, getattr(self.layer, name))
-            shadows[name] = torch.add(tensor, patch.live_change(self.base(patch)).to(tensor.dtype), alpha=strength)
+            shadows[name] = patch.add_change(tensor, self.base(patch), strength)
         self.done = frozenset(patch for patch, _ in weighing)
         self.layer.__dict__.update(shadows)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None) -> Any:
         """Add every live patch that has not acted yet to the layer's output (the forward hook); None after a failure."""
+        if self.placed:
+            return None
         x, fed = (_input(args, kwargs), False) if self.x is None else (self.x, True)
         active, done = self._exit()
         if output is None:
@@ -112,6 +125,35 @@ class Socket:
         self.active, self.done, self.x = None, frozenset(), None
         return active, done
 
+    def terms(self, owner: "Attachment") -> list[Term]:
+        """Return the sums with vectors that are all that is going to act in the next forward; none if more is.
+
+        None too for what may be elsewhere by then (offloaded, or never called yet), and for a base that is trained.
+        """
+        found: list[Term] = []
+        for patch, other in self.live if self.sums_alone else ():
+            site = patch.site
+            tensor, vector = cast(Tensor, getattr(self.layer, site.tensor)), cast(Vector, patch).summand()
+            strength = owner.strength_of(site)
+            if tensor.dtype not in WIDE or tensor.dtype != vector.dtype:
+                return []
+            if other is not owner or tensor.device != self.device or tensor.requires_grad:
+                return []
+            if strength != 0.0:
+                found.append(Term(site.tensor, tensor, vector, strength))
+        return found
+
+    def place(self, sums: dict[str, Tensor]) -> None:
+        """Let sums stand in the places of the layer's parameters until `lift`: its hooks have nothing to do meanwhile."""
+        self.placed = sums
+        self.layer.__dict__.update(sums)
+
+    def lift(self) -> None:
+        """Give the layer its parameters back."""
+        for name in self.placed:
+            self.layer.__dict__.pop(name, None)
+        self.placed = {}
+
     def joined_base(self, patch: Patch) -> Tensor | None:
         """Return the untouched tensor at a patch's site if dW is going to join it in the next forward because it is small.
 
@@ -128,13 +170,16 @@ class Socket:
         if not patch.joins or patch.drops or not self._wide(patch.site):
             return False
         if patch.site.op == "bias":
-            # oneDNN makes the gradient of a convolution's bias together with that of the whole weight.
-            return not isinstance(self.layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            return self._bias_is_free()
         return patch.site.rows * patch.site.columns <= SMALL
+
+    def _bias_is_free(self) -> bool:
+        """Whether the gradient of the bias costs nothing: oneDNN makes a convolution's with that of the whole weight."""
+        return not isinstance(self.layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
     def _wide(self, site: Site) -> bool:
         """Whether a change joins the tensor without being rounded away, as it would be in half precision."""
-        return cast(Tensor, getattr(self.layer, site.tensor)).dtype in (torch.float32, torch.float64)
+        return cast(Tensor, getattr(self.layer, site.tensor)).dtype in WIDE
 
     def base(self, patch: Patch) -> Tensor:
         """Return the untouched tensor at a patch's site; a constant to those that compute with it."""
@@ -159,6 +204,8 @@ class Socket:
         """Hook into the layer's forward: after it for any live patch, before it only for those that need it."""
         for hook in self.hooks:
             hook.remove()
+        tensors = {patch.site.tensor for patch, _ in self.live if isinstance(patch, Vector) and patch.vector}
+        self.sums_alone = len(tensors) == len(self.live) > 0 and self._bias_is_free()
         early = any(patch.acts != "output" or patch.joins for patch, _ in self.live)
         self.hooks = []
         if early:
@@ -186,6 +233,7 @@ class Socket:
 
     def leave(self, owner: "Attachment | Fusion") -> None:
         """Take off everything of one owner; an empty socket leaves the layer as if it had never been there."""
+        self.lift()
         self.live = [entry for entry in self.live if entry[1] is not owner]
         if any(entry[2] is owner for entry in self.fused):
             self.fused = [entry for entry in self.fused if entry[2] is not owner]

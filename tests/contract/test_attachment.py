@@ -32,7 +32,7 @@ def test_an_exception_inside_forward(base: Base, kind: str) -> None:
     with torch.no_grad():
         expected = predict(base)
         with pytest.raises(RuntimeError, match="in the middle"), Attachment(base.parts, delta):
-            for way in ("add_to", "add_feed", "live_change"):  # at the output, at the input, in the weight
+            for way in ("add_to", "add_feed", "add_change"):  # at the output, at the input, in the weight
                 setattr(last, way, raising)
             predict(base)
         assert torch.equal(predict(base), expected)

@@ -55,17 +55,17 @@ def test_both_ways_are_one(kind: str, index: int, monkeypatch: pytest.MonkeyPatc
 
 
 class Spy:
-    """Counts how often a patch is asked for its dense change."""
+    """Counts how often a patch is asked to join a weight."""
 
     def __init__(self, patch: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        inner = patch.live_change
+        inner = patch.add_change
 
-        def counted(base: Tensor) -> Tensor:
+        def counted(weight: Tensor, base: Tensor, strength: float) -> Tensor:
             self.count += 1
-            return inner(base)
+            return inner(weight, base, strength)
 
-        monkeypatch.setattr(patch, "live_change", counted)
+        monkeypatch.setattr(patch, "add_change", counted)
 
 
 def joined(

@@ -43,10 +43,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lokr": {"rank": 1},
     "loha": {"rank": 2},
     "oft": {"block": 2},
+    "oft, linear by input": {"block": 2, "side": "input"},
     "boft": {},
+    "boft, linear by input": {"side": "input", "factors": 1},
     "hra": {"rank": 4},
     "glora": {"rank": 2},
     "ia3": {},
+    "ia3, linear by input": {"on_input": True},
     "diff, weights": {},
     "diff, norms and biases": {},
     "bitfit": {},
@@ -55,11 +58,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "svdiff, weights": {},
     "vera": {"rank": 4},
     "fourierft": {"frequencies": 200},
+    "fourierft, linear": {"frequencies": 200},
     "c3a": {},
+    "c3a, linear": {},
 }
 """Row -> options of the kind that it begins with: such as have on tiny layers the place that the usual ones have on large."""
 EVERY: tuple[Op, ...] = ("linear", "conv", "norm", "bias")
-ONLY: dict[str, tuple[Op, ...]] = {"weights": ("linear", "conv"), "norms and biases": ("norm", "bias")}
+ONLY: dict[str, tuple[Op, ...]] = {
+    "weights": ("linear", "conv"),
+    "linear": ("linear",),
+    "linear by input": ("linear",),
+    "norms and biases": ("norm", "bias"),
+}
 """What a row's name says of its layers -> the sorts of them."""
 WORDS = {"as it is": "exact", "as a LoRA": "exact, as LoRA", "densely": "exact, as diff", "nearly": "approximate"}
 """How patches went -> what the table says, the worst last."""

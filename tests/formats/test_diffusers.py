@@ -220,6 +220,8 @@ def test_what_is_refused(change: Callable[[dict[str, Tensor]], None], message: s
         ("[1]", "cannot be read"),
         ('{"unet.init_lora_weights": "pissa_niter_4"}', "changes the base's own weights"),
         ('{"unet.lora_alpha": "8"}', "a number"),
+        ('{"unet.r": 2, "lora_alpha": 8}', "1 keys of its lora_adapter_metadata belong to no part of sd15 .'lora_alpha'"),
+        ('{"unet.r": 2, "transformer.lora_alpha": 8}', "belong to no part of sd15 .'transformer.lora_alpha'"),
     ),
 )
 def test_metadata_that_is_refused(metadata: str, message: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ from vgm_peft.formats.canonical import open_header, read_tensors
 from vgm_peft.formats.compare import identical
 
 Make = Callable[[str], Base]
-MUTANTS = 10_000
+MUTANTS, OF_DATA = 10_000, 300
+"""How many there are in all, and how many of them have their values changed and not their header."""
 
 NATIVE_VALUES = ("a value is NaN", "a value is infinite")
 RIGHT = {
@@ -201,6 +203,26 @@ def metadata_swap(raw: bytearray, dice: random.Random, end: int) -> None:
     raw[:end] = struct.pack("<Q", len(new)) + new
 
 
+EXTREME = (float("nan"), float("inf"), float("-inf"), 1e38, -1e38, 1e9, 1e-45, -0.0, 65504.0, 0.0)
+"""Values that something stumbles over: no numbers, too large to square, just too large for an alpha, too small to divide by."""
+
+
+def data_swap(raw: bytearray, dice: random.Random, end: int) -> None:
+    """Change some values of one tensor, or some bits of them; alphas, scales and values of a base as often as factors."""
+    table: dict[str, dict[str, Any]] = json.loads(bytes(raw[8:end]))
+    entry = table[dice.choice([name for name in table if name != "__metadata__"])]
+    start, stop = (end + offset for offset in entry["data_offsets"])
+    format = {"F64": "<d", "F32": "<f", "F16": "<e"}.get(entry["dtype"])
+    for _ in range(dice.choice((1, 2, 20))):
+        if format is None or dice.random() < 0.4:
+            raw[dice.randrange(start, stop)] ^= 1 << dice.randrange(8)
+            continue
+        size = struct.calcsize(format)
+        value = dice.choice([v for v in EXTREME if size > 2 or not 65504.0 < abs(v) < float("inf")])
+        at = start + size * dice.randrange((stop - start) // size)
+        raw[at : at + size] = struct.pack(format, value)
+
+
 CHANGES = (flip, cut, insert, swap, header_swap, header_swap, metadata_swap, metadata_swap)
 
 
@@ -210,11 +232,47 @@ def content(path: Path) -> dict[str, Tensor]:
         return {name: stock.get_tensor(name) for name in stock.keys()}  # noqa: SIM118
 
 
+def test_mutants_of_values_are_refused_or_say_what_their_bytes_say(
+    base: Base, wholes: dict[str, Delta], tmp_path: Path
+) -> None:
+    """What is read is finite, and only the layer or token whose tensor was changed differs from what it was."""
+    dice, read, changed = random.Random(1), 0, 0
+    files = [(name, file, file.raw()) for name, file in good().items() if not name.startswith("native")]
+    for number in range(OF_DATA):
+        name, file, raw = files[number % len(files)]
+        mutant = bytearray(raw)
+        data_swap(mutant, dice, 8 + struct.unpack("<Q", raw[:8])[0])
+        path = file.put(tmp_path, bytes(mutant))
+        with overheard() as heard:
+            try:
+                found = formats.read(path, base)
+            except DeltaError as error:
+                found = None
+                assert str(error).isprintable() and str(tmp_path) in str(error), (number, name, str(error))
+        assert not heard, (number, name, heard)
+        finite = all(bool(tensor.float().isfinite().all()) for tensor in content(path).values())
+        assert finite or found is None, (number, name)
+        if found is not None:
+            read += 1
+            ours, theirs = values(found), values(wholes[name])
+            assert all(bool(value.isfinite().all()) for value in ours.values()), (number, name)
+            odd = {key.rpartition("/")[0] for key in ours if key not in theirs or not torch.equal(ours[key], theirs[key])}
+            assert len({module.rpartition(".")[0] for module in odd}) <= 1 or "vera" in name, (number, name, odd)
+            changed += bool(odd)
+    assert OF_DATA // 4 < changed <= read < OF_DATA
+
+
+def values(delta: Delta) -> dict[str, Tensor]:
+    """A delta's values by the names of the layer, or the token, and the parameter."""
+    rows = {f"word.{token}/{part}": rows for token, word in delta.words.items() for part, rows in word.rows.items()}
+    return {**{name: value.detach() for name, value in delta.parameters()}, **rows}
+
+
 def test_ten_thousand_mutants_are_whole_or_refused(base: Base, wholes: dict[str, Delta], tmp_path: Path) -> None:
     """A mutant that is read has all its tensors in it: as many layers and tokens as before, and the same if none changed."""
     dice, read = random.Random(0), 0
     files = [(name, file, file.raw(), content(file.put(tmp_path))) for name, file in good().items()]
-    for number in range(MUTANTS):
+    for number in range(MUTANTS - OF_DATA):
         name, file, raw, tensors = files[number % len(files)]
         mutant = bytearray(raw)
         head = 8 + struct.unpack("<Q", raw[:8])[0]
@@ -237,7 +295,7 @@ def test_ten_thousand_mutants_are_whole_or_refused(base: Base, wholes: dict[str,
         if unchanged and open_header(path).metadata == file.metadata:
             found.words = whole.words if name == "embedding" else found.words
             assert identical(found, whole), (number, name)
-    assert 100 < read < MUTANTS // 2
+    assert 100 < read < (MUTANTS - OF_DATA) // 2
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

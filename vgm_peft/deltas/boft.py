@@ -179,6 +179,15 @@ class Boft(Deriving):
             return super().pack(base)
         return spelled(self.site, self.q().to(self.skew.dtype), self.stretch if self.options.rescale else None)
 
+    def adapt(self) -> dict[str, Tensor] | None:
+        """Return `boft_R` and `boft_s`, where inputs are rotated and there is no kernel."""
+        if self.options.side == "output" or not _is_pointlike(self.site):
+            return None
+        order = _peft_order(cast(int, self.options.block)).argsort()
+        blocks = -self.q().detach()[..., order, :][..., order]  # which is skew-symmetric, so that (X - X^T) / 2 is X
+        factor = 1 + self.stretch.detach() if self.options.rescale else torch.ones(self.site.rows, device=self.skew.device)
+        return {"boft_R": blocks.to(self.skew.dtype), "boft_s": factor.to(self.skew.dtype)}
+
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
         """Read `oft_blocks` with four axes (LyCORIS; `alpha` is the constraint), or `boft_R` and `boft_s` (peft)."""
@@ -202,19 +211,28 @@ class Boft(Deriving):
     def _of_peft(cls, site: Site, blocks: Tensor, factor: Tensor) -> Self:
         """Read X (m, K, b, b) and the factor of every output (O, 1)."""
         factors, count, size, other = blocks.shape if blocks.dim() == 4 else (0, 0, 0, 0)
-        pointlike = site.op == "linear" or site.op == "conv" and site.columns == site.shape[1]
         wrong = size != other or count * size != site.columns or size not in _allowed(site.columns, factors)
-        if not pointlike or wrong:
+        if not _is_pointlike(site) or wrong:
             raise _misfit(site, "boft_R", blocks)
         if factor.numel() != site.rows:
             raise _misfit(site, "boft_s", factor)
         patch = cls(site, BoftOptions(block=size, factors=factors, side="input", rescale=True))
-        order = torch.arange(size).view(2, -1).t().flatten()  # the bit of u outermost in theirs, innermost in ours
+        order = _peft_order(size)
         q = (blocks.mT - blocks)[..., order, :][..., order] / 2
         with torch.no_grad():
             patch.skew.copy_(q.flatten(2)[..., triangle(size)])
             patch.stretch.copy_(factor.flatten() - 1)
         return patch
+
+
+def _peft_order(size: int) -> Tensor:
+    """Return which entries of peft's blocks ours are: the bit of u is outermost in theirs, innermost in ours."""
+    return torch.arange(size).view(2, -1).t().flatten()
+
+
+def _is_pointlike(site: Site) -> bool:
+    """Whether a layer is one whose inputs peft rotates as we do: it has no kernel, or one of 1x1."""
+    return site.op == "linear" or site.op == "conv" and site.columns == site.shape[1]
 
 
 def _misfit(site: Site, name: str, tensor: Tensor) -> DeltaError:

@@ -80,6 +80,10 @@ class C3a(Patch):
         made = torch.matmul(given.permute(2, 0, 1), kernels.conj().permute(2, 1, 0))  # frequency by frequency
         return torch.fft.irfft(made.permute(1, 2, 0), n=side).reshape(*x.shape[:-1], rows * side).to(x.dtype)
 
+    def adapt(self) -> dict[str, Tensor] | None:
+        """Return `c3a_kernel` of a linear layer."""
+        return {"c3a_kernel": self.kernel.detach()} if self.site.op == "linear" else None
+
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
         """Read `c3a_kernel` (peft)."""

@@ -106,6 +106,22 @@ class Decomposable(RowDropout):
         axis, absolute = self.options.decompose, self.options.absolute
         return self.inner() if axis is None else decomposed(base, self.inner(), self.magnitude, axis, absolute)
 
+    def total(self, base: Tensor) -> Tensor:
+        """Return W + dW of the inner change, in the latter's dtype; a subclass may fuse the sum into its last product."""
+        inner = self.inner()
+        return base.to(inner.dtype) + inner
+
+    def add_change(self, weight: Tensor, base: Tensor, strength: float) -> Tensor:
+        """Return `weight` + strength * dW; of the untouched base at strength 1 it is (g / n) (W + dW), and W cancels out."""
+        axis = self.options.decompose
+        alone = strength == 1.0 and weight.data_ptr() == base.data_ptr() and not weight.requires_grad
+        if axis is None or not alone or self.hides_rows:
+            return super().add_change(weight, base, strength)
+        total = self.total(base)
+        g = goal(self.magnitude, base, axis, self.options.absolute)
+        c = g / safe(norms(total.detach(), axis, g.dtype))
+        return (broadcast(c, axis, base.dim()) * total).to(weight.dtype)
+
     def pack_magnitude(self, base: Tensor) -> dict[str, Tensor]:
         """Return `dora_scale`, (O, 1[, 1, 1]) or (1, I[, 1, 1]), where there is a magnitude."""
         axis = self.options.decompose

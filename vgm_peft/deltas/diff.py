@@ -19,9 +19,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from vgm_peft.delta import Patch
 from vgm_peft.errors import DeltaError
 from vgm_peft.site import Site
+from vgm_peft.sums import Vector
 
 SUFFIXES = {"weight": ("diff", "w_norm"), "bias": ("diff_b", "b_norm")}
 """Tensor of a module -> what other tools call a difference to it."""
@@ -32,7 +32,7 @@ class DiffOptions:
     """There is nothing to set."""
 
 
-class Diff(Patch):
+class Diff(Vector):
     """dW trained value by value, on any tensor; starts at zero."""
 
     kind = "diff"
@@ -49,6 +49,7 @@ class Diff(Patch):
         # A few rows looked up cost less than a sum over the whole table.
         self.acts = "output" if site.op in ("bias", "embedding") else "weight"
         self.joins = site.op == "bias"
+        self.vector = "diff" if site.op in ("norm", "bias") else ""
 
     def change(self, base: Tensor) -> Tensor:
         """Return the difference as it is."""

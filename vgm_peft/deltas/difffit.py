@@ -23,9 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vgm_peft.delta import Call, Patch
+from vgm_peft.delta import Call
 from vgm_peft.deltas.channels import add_scaled_rows, along_rows
 from vgm_peft.site import Site
+from vgm_peft.sums import Vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class DiffFitOptions:
     """There is nothing to set: what is trained is a matter of sites."""
 
 
-class DiffFit(Patch):
+class DiffFit(Vector):
     """dW = diag(gain) W on the weight of a linear or conv layer, a free difference on any other tensor; starts at zero."""
 
     kind = "difffit"
@@ -55,6 +56,7 @@ class DiffFit(Patch):
             self.shift = nn.Parameter(torch.zeros(site.shape))
             self.acts = "weight" if site.op == "norm" else "output"
             self.joins = site.op == "bias"
+            self.vector = "shift" if site.op in ("norm", "bias") else ""
 
     def change(self, base: Tensor) -> Tensor:
         """Return diag(gain) W, or the shift."""

@@ -87,6 +87,13 @@ class FourierFt(Patch):
         dense = torch.fft.irfft2(half.view(rows, -1), s=(rows, columns))
         return dense.view(self.site.shape).to(self.spectrum.dtype)
 
+    def adapt(self) -> dict[str, Tensor] | None:
+        """Return `fourierft_spectrum` of a linear layer, with the scaling and the seed."""
+        if self.site.op != "linear" or self.options.seed >= 2**63:  # which no tensor holds
+            return None
+        scale, seed = torch.tensor(self.options.scale, dtype=torch.float64), torch.tensor(self.options.seed)
+        return {"fourierft_spectrum": self.spectrum.detach(), "fourierft_scaling": scale, "fourierft_seed": seed}
+
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
         """Read `fourierft_spectrum`, and `fourierft_scaling` and `fourierft_seed` of the adapter's settings (peft)."""

@@ -126,6 +126,10 @@ class Hra(Deriving):
         left, right = self._pair()
         return right.view(-1, *self.site.shape[1:]), call.base.to(left.dtype).flatten(1) @ left
 
+    def adapt(self) -> dict[str, Tensor]:
+        """Return `hra_u`."""
+        return {"hra_u": self.u.detach()}
+
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
         """Read `hra_u` (peft without Gram-Schmidt)."""

@@ -116,9 +116,24 @@ class Loha(Decomposable):
 
     def inner(self) -> Tensor:
         """Return s * (up1 @ down1) * (up2 @ down2) in the shape of the weight."""
+        return self._product(None, 1.0)
+
+    def total(self, base: Tensor) -> Tensor:
+        """Return W + dW, summed inside the product."""
+        return self._product(base.to(self.up1.dtype), 1.0)
+
+    def add_change(self, weight: Tensor, base: Tensor, strength: float) -> Tensor:
+        """Return `weight` + strength * dW, summed inside the product where nothing else is to be done."""
+        if self.options.decompose is not None or self.hides_rows or weight.dtype != self.up1.dtype:
+            return super().add_change(weight, base, strength)
+        return self._product(weight, strength)
+
+    def _product(self, weight: Tensor | None, strength: float) -> Tensor:
+        """Return strength * s * (up1 @ down1) * (up2 @ down2) in the shape of the weight, added to one where given."""
         (up1, down1), (up2, down2) = self._halves()
         factors = (up1, down1.flatten(1), up2, down2.flatten(1))
-        return cast(Tensor, _Product.apply(self.options.scale, *factors)).view(self.site.shape)
+        matrix = None if weight is None else weight.flatten(1)
+        return cast(Tensor, _Product.apply(matrix, strength * self.options.scale, *factors)).view(self.site.shape)
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         """Return V (R^2, I[, *kernel]) and s * U (O, R^2)."""
@@ -188,14 +203,17 @@ class Loha(Decomposable):
 
 
 class _Product(torch.autograd.Function):
-    """s * (up1 @ down1) * (up2 @ down2). Keeps the factors for the gradient, and makes the two halves once more."""
+    """s * (up1 @ down1) * (up2 @ down2), added to a matrix or not. Keeps the factors and makes the two halves once more."""
 
     @staticmethod
-    def forward(ctx: Any, scale: float, up1: Tensor, down1: Tensor, up2: Tensor, down2: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, matrix: Tensor | None, scale: float, up1: Tensor, down1: Tensor, up2: Tensor, down2: Tensor
+    ) -> Tensor:
         ctx.scale = scale
         ctx.save_for_backward(up1, down1, up2, down2)
         with torch.autocast(up1.device.type, enabled=False):
-            return (up1 @ down1).mul_(scale).mul_(up2 @ down2)
+            first, second = up1 @ down1, up2 @ down2
+            return first.mul_(scale).mul_(second) if matrix is None else torch.addcmul(matrix, first, second, value=scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -203,4 +221,5 @@ class _Product(torch.autograd.Function):
         with torch.autocast(up1.device.type, enabled=False):
             scaled = ctx.scale * gradients[0]
             first, second = (up2 @ down2).mul_(scaled), (up1 @ down1).mul_(scaled)
-            return None, first @ down1.t(), up1.t() @ first, second @ down2.t(), up2.t() @ second
+            own = gradients[0] if ctx.needs_input_grad[0] else None
+            return own, None, first @ down1.t(), up1.t() @ first, second @ down2.t(), up2.t() @ second

@@ -89,7 +89,8 @@ class LowRank(Patch):
         super().__init__(site, options, generator)
         self.down = nn.Parameter(torch.empty(options.rank, *site.shape[1:]))
         self.up = nn.Parameter(torch.zeros(site.rows, options.rank))
-        nn.init.kaiming_uniform_(self.down, a=sqrt(5), generator=seeded(generator))
+        if not self.down.is_meta:  # where there is nothing to draw, drawing takes long all the same
+            nn.init.kaiming_uniform_(self.down, a=sqrt(5), generator=seeded(generator))
 
     @classmethod
     def check(cls, site: Site, options: LowRankOptions) -> None:

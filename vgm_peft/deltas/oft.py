@@ -154,6 +154,13 @@ class Oft(Deriving):
         q = skew(self.source().values, cast(int, self.options.block)).to(self.skew.dtype)
         return spelled(self.site, q, self.stretch if self.options.rescale else None)
 
+    def adapt(self) -> dict[str, Tensor] | None:
+        """Return `oft_R.weight` and `oft_terms`, where inputs are rotated and there is no kernel."""
+        if self.options.side == "output" or not _is_pointlike(self.site):
+            return None
+        values, terms = self.source().values.detach().to(self.skew.dtype), self.options.terms
+        return {"oft_R.weight": values if terms else -values, "oft_terms": torch.tensor(terms)}
+
     @classmethod
     def unpack(cls, site: Site, tensors: Mapping[str, Tensor]) -> Self | None:
         """Read `oft_blocks` with three axes (LyCORIS, kohya), or `oft_R.weight` (peft, OneTrainer).
@@ -180,13 +187,17 @@ class Oft(Deriving):
     def _of_peft(cls, site: Site, values: Tensor, terms: int) -> Self:
         """Read triangles (K, b (b - 1) / 2), or (1, ...) shared by all blocks."""
         block = block_of(values.shape[1]) if values.dim() == 2 else None
-        pointlike = site.op == "linear" or site.op == "conv" and site.columns == site.shape[1]
-        if block is None or not pointlike or site.columns % block or len(values) not in (1, site.columns // block):
+        if block is None or not _is_pointlike(site) or site.columns % block or len(values) not in (1, site.columns // block):
             raise _misfit(site, "oft_R.weight", values)
         patch = cls(site, OftOptions(block=block, side="input", terms=terms))
         with torch.no_grad():
             patch.skew.copy_((values if terms else -values).expand_as(patch.skew))
         return patch
+
+
+def _is_pointlike(site: Site) -> bool:
+    """Whether a layer is one whose inputs peft rotates as we do: it has no kernel, or one of 1x1."""
+    return site.op == "linear" or site.op == "conv" and site.columns == site.shape[1]
 
 
 def _misfit(site: Site, name: str, tensor: Tensor) -> DeltaError:

@@ -47,6 +47,7 @@ class Pissa(LowRank):
     kind = "pissa"
     Options = PissaOptions
     examples = (PissaOptions(rank=3, alpha=2.0), PissaOptions(rank=2, iterations=4))
+    joins = True
     options: PissaOptions
 
     def __init__(self, site: Site, options: PissaOptions, generator: torch.Generator | None = None) -> None:
@@ -72,6 +73,13 @@ class Pissa(LowRank):
         """Return [A; a] and [b, B + b]."""
         down, up = torch.cat([self.start_down, self.down]), torch.cat([self.up, self.start_up + self.up], 1)
         return Pair(down, up, self.options.scale)
+
+    def add_change(self, weight: Tensor, base: Tensor, strength: float) -> Tensor:
+        """Return `weight` + strength * dW, summed inside the products b A and (B + b) a."""
+        scale, up = strength * self.options.scale, self.up.to(weight.dtype)
+        start_down, down = self.start_down.flatten(1).to(weight.dtype), self.down.flatten(1).to(weight.dtype)
+        half = torch.addmm(weight.flatten(1), up, start_down, alpha=scale)
+        return torch.addmm(half, self.start_up.to(weight.dtype) + up, down, alpha=scale).view(weight.shape)
 
 
 def _quick_svd(matrix: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:

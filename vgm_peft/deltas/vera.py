@@ -59,6 +59,7 @@ class Vera(Patch):
     ops = frozenset({"linear", "conv"})
     rate = 20.0
     examples = (VeraOptions(rank=5, d_initial=0.5), VeraOptions(rank=8, seed=3))
+    joins = True
     options: VeraOptions
 
     def __init__(self, site: Site, options: VeraOptions, generator: torch.Generator | None = None) -> None:
@@ -75,6 +76,12 @@ class Vera(Patch):
         """Return diag(b) B diag(d) A in the shape of the weight."""
         down, up = self.frozen(self.b.dtype, self.b.device)
         return ((self.b[:, None] * up) @ (self.d[:, None] * down.flatten(1))).view(self.site.shape)
+
+    def add_change(self, weight: Tensor, base: Tensor, strength: float) -> Tensor:
+        """Return `weight` + strength * (b d^T * B) A: so nothing of the size of a matrix is kept for the gradient."""
+        down, up = self.frozen(weight.dtype, weight.device)
+        scaled = torch.outer(self.b, self.d).to(weight.dtype) * up
+        return torch.addmm(weight.flatten(1), scaled, down.flatten(1), alpha=strength).view(weight.shape)
 
     def contribution(self, call: Call) -> Tensor:
         """Return b * B(d * A(x))."""
@@ -104,6 +111,19 @@ class Vera(Patch):
             "alpha": torch.tensor(float(self.options.rank)),
         }
 
+    def adapt(self) -> dict[str, Tensor] | None:
+        """Return the vectors of a linear layer, and as `vera_A` and `vera_B` its rows of what all layers of a rank share."""
+        if self.site.op != "linear":
+            return None
+        rank, seed, dtype = self.options.rank, self.options.seed, self.b.dtype
+        tensors = {
+            "vera_lambda_b": self.b * sqrt(6 / rank),
+            "vera_lambda_d": self.d * sqrt(6 / self.site.columns),
+            "vera_A": _stream(2 * seed, self.site.columns, rank).to(self.b.device, dtype).t(),
+            "vera_B": _stream(2 * seed + 1, self.site.rows, rank).to(self.b.device, dtype),
+        }
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
 
 @lru_cache(maxsize=64)
 def _matrices(shape: tuple[int, ...], rank: int, seed: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -115,7 +135,9 @@ def _matrices(shape: tuple[int, ...], rank: int, seed: int, dtype: torch.dtype, 
         return down.reshape(rank, *shape[1:]), up
 
 
+@lru_cache(maxsize=16)
 def _stream(seed: int, rows: int, rank: int) -> Tensor:
     """Return the first `rows` of an endless table of U(-1, 1)."""
-    table = torch.empty(rows, rank, dtype=torch.float32, device="cpu")
-    return table.uniform_(-1.0, 1.0, generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode(False), torch.no_grad():
+        table = torch.empty(rows, rank, dtype=torch.float32, device="cpu")
+        return table.uniform_(-1.0, 1.0, generator=torch.Generator().manual_seed(seed))

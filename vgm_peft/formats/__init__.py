@@ -6,6 +6,7 @@ in the error. A file is written aside, read back, and compared by the change it 
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,11 +22,12 @@ from vgm_peft.formats.books import book_of
 from vgm_peft.formats.canonical import open_header, save_file
 from vgm_peft.formats.compare import check_change, check_words, identical
 from vgm_peft.formats.format import Format, Parcel
+from vgm_peft.formats.parts import PartsFolder, parts_folder
 from vgm_peft.formats.stamps import sealed
 from vgm_peft.header import Header, listed
 from vgm_peft.site import locate
 
-__all__ = ["FORMATS", "file_of", "format_named", "open_header", "read", "sniff", "write", "write_all"]
+__all__ = ["FORMATS", "files_of", "format_named", "open_header", "read", "sniff", "write", "write_all"]
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {module.FORMAT.name: module.FORMAT for module in (native, adapter, numbered, lycoris, kohya, diffusers, embedding)}
@@ -46,19 +48,23 @@ def format_named(name: str) -> Format:
 
 def sniff(path: str | os.PathLike[str]) -> str:
     """Return the name of a file's format, from its header alone. Raises `DeltaError` when it is none of them."""
-    return _recognised(open_header(file_of(path))).name
+    return _recognised(open_header(files_of(path)[0])).name
 
 
 def read(path: str | os.PathLike[str], base: Base | None = None) -> Delta:
-    """Read a delta from a file, or from the folder of a run, whatever tool wrote it.
+    """Read a delta from a file, from the folder of a run, or from one with a folder of peft's for every part.
 
     With a base everything is checked against it. Without, the family and the shapes come from the file. Raises
     `DeltaError` when the file is damaged, holds a tensor that is not understood, or belongs to another family.
     """
-    header = open_header(file_of(path))
-    delta = _read(header, base)
+    found = _found(path)
+    if isinstance(found, Path):
+        delta = _read(open_header(found), base)
+    else:
+        with _same_chance():
+            delta = found.read(base)
     if base is not None:
-        _check_fit(delta, base, header.path)
+        _check_fit(delta, base, found if isinstance(found, Path) else found.path)
     return delta
 
 
@@ -169,14 +175,23 @@ def _only(delta: Delta, written: Delta) -> Delta:
     return Delta(delta.family, {}, {token: word for token, word in delta.words.items() if token in written.words})
 
 
-def file_of(path: str | os.PathLike[str]) -> Path:
-    """Return the delta's file for a file or the folder that holds it. Raises `DeltaError` when the folder has none."""
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """Return the files of tensors of a delta that is a file or a folder, the main one first. Raises `DeltaError` as `read`."""
+    found = _found(path)
+    return [found] if isinstance(found, Path) else found.files
+
+
+def _found(path: str | os.PathLike[str]) -> Path | PartsFolder:
+    """Return the delta's file for a file or the folder that holds it, or a folder of parts."""
     path = Path(path)
     if not path.is_dir():
         return path
     for name in IN_FOLDER:
         if (path / name).is_file():
             return path / name
+    parts = parts_folder(path)
+    if parts is not None:
+        return parts
     below = sorted({found.parent for name in IN_FOLDER for found in path.glob(f"*/{name}")})
     fix = f"name one of the folders in it, such as {below[0]}" if below else "name the file itself"
     raise DeltaError(f"{path}: no delta in this folder", expected=" or ".join(IN_FOLDER), fix=fix)
@@ -196,8 +211,13 @@ def _recognised(header: Header) -> Format:
 
 def _read(header: Header, base: Base | None) -> Delta:
     format = _recognised(header)
-    with torch.random.fork_rng(devices=[]):  # initial values that are overwritten must not shift the caller's random numbers
+    with _same_chance():
         return format.read(header, base)
+
+
+def _same_chance() -> AbstractContextManager[None]:
+    """Initial values that are overwritten must not shift the caller's random numbers."""
+    return torch.random.fork_rng(devices=[])
 
 
 def check_family(what: str, delta: Delta, base: Base | None) -> None:

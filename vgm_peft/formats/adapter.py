@@ -2,7 +2,8 @@
 
 Tensors are named from the network's root, `base_model.model.<path>.<suffix>`; nothing says which part of a pipeline that
 network was, so it is the part that has all the modules, or the one that the folder is called by. The configuration holds
-what the tensors leave open: alphas, the exact or truncated form of a rotation, seeds.
+what the tensors leave open: alphas, the exact or truncated form of a rotation, seeds. The adapters of several parts of one
+pipeline are read together, for only together do they tell the family.
 
 | peft | read as |
 |---|---|
@@ -25,7 +26,7 @@ from vgm_peft.delta import Delta
 from vgm_peft.errors import DeltaError
 from vgm_peft.family import Base, Place
 from vgm_peft.formats import foreign
-from vgm_peft.formats.books import Book, assemble, choose_book
+from vgm_peft.formats.books import Book, Reading, assemble, choose_book
 from vgm_peft.formats.canonical import read_values
 from vgm_peft.formats.format import Format
 from vgm_peft.formats.names import ALPHA, DOWN, MAGNITUDE, UP, by_module, cut
@@ -51,10 +52,31 @@ def recognises(header: Header) -> bool:
 
 def read(header: Header, base: Base | None = None) -> Delta:
     """Read an adapter. Raises `DeltaError` when one tensor is not understood, or its kind is none of ours."""
+    if not (header.path.parent / CONFIG).is_file() and _tells_alphas(header):
+        return foreign.read(header, base)
+    adapter, where = _open(header, base), str(header.path)
+    reading = choose_book(adapter.modules, base, where, root=header.path.parent.name)
+    return assemble(reading.book, adapter.groups(reading), where, header.metadata)
+
+
+def read_parts(headers: Mapping[str, Header], base: Base | None, where: str) -> Delta:
+    """Read the adapters of several parts as one delta. Raises `DeltaError` as `read`, and when they fit no one family."""
+    adapters = {part: _open(header, base) for part, header in headers.items()}
+    modules = {f"{part}.{name}": found for part, one in adapters.items() for name, found in one.modules.items()}
+    book = choose_book(modules, base, where).book
+    groups = {place: found for part, one in adapters.items() for place, found in one.groups(Reading(book, part)).items()}
+    said = [header.metadata.items() for header in headers.values()]
+    return assemble(book, groups, where, dict(item for item in said[0] if all(item in others for others in said)))
+
+
+def _tells_alphas(header: Header) -> bool:
+    return all(ALPHA in tensors for tensors in by_module(dict.fromkeys(header.tensors, torch.zeros(1, 1)), header).values())
+
+
+def _open(header: Header, base: Base | None) -> "_Adapter":
+    """Read an adapter's configuration and tensors."""
     config = header.path.parent / CONFIG
     if not config.is_file():
-        if all(ALPHA in tensors for tensors in by_module(dict.fromkeys(header.tensors, torch.zeros(1, 1)), header).values()):
-            return foreign.read(header, base)
         raise DeltaError(
             f"{header.path}: a peft adapter ({listed(list(header.tensors))}) whose alpha is in its {CONFIG}",
             expected=f"{config}",
@@ -69,7 +91,12 @@ def read(header: Header, base: Base | None = None) -> Delta:
             expected="one of " + ", ".join(_KINDS),
             fix="merge it with peft and extract the difference",
         )
-    return _Adapter(header, Settings(table, str(config)), base).read(kind)
+    tensors = read_values(header)
+    inner = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    shared = {name: inner.pop(name) for name in [n for n in inner if n.startswith(ROOT)]}
+    values = {name: tensor for name, tensor in inner.items() if cut(name) is None and name.endswith(VALUES)}
+    named = by_module({name: tensor for name, tensor in inner.items() if name not in values}, header)
+    return _Adapter(header, base, Settings(table, str(config)), kind, named, _whole(values), shared)
 
 
 @dataclass(frozen=True)
@@ -89,39 +116,42 @@ class _Layer:
 @dataclass(frozen=True)
 class _Adapter:
     header: Header
-    settings: Settings
     base: Base | None
+    settings: Settings
+    kind: "_Kind"
+    named: Mapping[str, Suffixes]
+    """The kind's own tensors by module."""
+    whole: Mapping[str, Suffixes]
+    """The base's tensors that it holds as a whole, by module."""
+    shared: Mapping[str, Tensor]
+    """Tensors of the whole adapter."""
 
-    def read(self, kind: "_Kind") -> Delta:
-        """Make the delta, its modules translated by their kind."""
-        tensors = read_values(self.header)
-        inner = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
-        shared = {name: inner.pop(name) for name in [n for n in inner if n.startswith(ROOT)]}
-        values = {name: tensor for name, tensor in inner.items() if cut(name) is None and name.endswith(VALUES)}
-        named = by_module({name: tensor for name, tensor in inner.items() if name not in values}, self.header)
-        whole = _whole(values)
-        part = self.header.path.parent.name
-        modules = {**{name: {} for name in whole}, **named}
-        reading = choose_book(modules, self.base, str(self.header.path), root=part)
+    @property
+    def modules(self) -> dict[str, Suffixes]:
+        """All modules, with the tensors that tell their shapes."""
+        return {**{name: {} for name in self.whole}, **self.named}
+
+    def groups(self, reading: Reading) -> dict[Place, Suffixes]:
+        """Return the tensors of every module of ours, translated by their kind."""
         groups: dict[Place, Suffixes] = {}
-        for name, found in place(named, reading, str(self.header.path)).items():
-            odd = [suffix for suffix in found if not suffix.startswith(kind.names)]
+        for name, found in place(self.named, reading, str(self.header.path)).items():
+            odd = [suffix for suffix in found if not suffix.startswith(self.kind.names)]
             if odd:
                 raise DeltaError(f"{self.header.path}: {'.'.join(name)}: {listed(odd)} is not of the kind that {CONFIG} says")
-            groups[name] = kind.translated(self.settings, self._layer(reading.book, name, found, shared))
-        for name, found in place(whole, reading, str(self.header.path)).items():
+            groups[name] = self.kind.translated(self.settings, self._layer(reading.book, name, found))
+        for name, found in place(self.whole, reading, str(self.header.path)).items():
             mine = groups.setdefault(name, {})
             for suffix, change in self._differences(reading.book, name, found).items():
                 mine[suffix] = mine[suffix] + change if suffix in mine else change  # `lora_bias` and `bias` add
-        unused = [name for name in shared if name.partition(".")[2] not in ("vera_A", "vera_B")]
+        unused = [name for name in self.shared if name.partition(".")[2] not in ("vera_A", "vera_B")]
         if unused:
             raise DeltaError(f"{self.header.path}: {len(unused)} tensors belong to nothing ({listed(unused)})", expected="none")
-        return assemble(reading.book, groups, str(self.header.path), self.header.metadata)
+        return groups
 
-    def _layer(self, book: Book, name: Place, tensors: Suffixes, shared: Mapping[str, Tensor]) -> _Layer:
+    def _layer(self, book: Book, name: Place, tensors: Suffixes) -> _Layer:
         sites = book.sites[name]
         bias = self._value(sites["bias"]) if self.base is not None and "bias" in sites else None
-        return _Layer(tensors, name[1], sites, bias, shared)
+        return _Layer(tensors, name[1], sites, bias, self.shared)
 
     def _value(self, site: Site) -> Tensor:
         """Return the base's own values at a site, in float32."""
@@ -247,4 +277,6 @@ _KINDS: Mapping[str, _Kind] = {
 """peft's word for a kind -> how it is read."""
 
 
-FORMAT = Format("peft", "peft: LoRA and DoRA, a folder for each part", recognises, read, spell, by_part=True, folder=True)
+FORMAT = Format(
+    "peft", "peft: LoRA, DoRA and its other kinds, a folder for each part", recognises, read, spell, by_part=True, folder=True
+)

@@ -9,6 +9,7 @@ from torch import Tensor
 from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import DeltaError
 from vgm_peft.family import Base
+from vgm_peft.formats.peft_kinds import spelled
 from vgm_peft.formats.vocabulary import change, pack
 from vgm_peft.header import listed
 
@@ -20,7 +21,7 @@ BOUNDS: Mapping[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 1e-5,
 def check_change(meant: Delta, written: Delta, base: Base | None, dtype: torch.dtype | None) -> None:
     """Raise `DeltaError` unless both deltas change the same tensors by the same dW, up to the rounding of `dtype`.
 
-    The dense dW is compared for one patch of every kind, options and shape. Others of the same sort, which the same code
+    The dense dW is compared for one patch of every kind, options and kernel. Others of the same sort, which the same code
     spells, are compared by their spelling, and by dW where that differs: dense, SDXL would take half a minute. Where dW
     depends on a base that is not there, the spelling is all there is. What only one of them has must be a change of nothing.
     """
@@ -33,7 +34,7 @@ def check_change(meant: Delta, written: Delta, base: Base | None, dtype: torch.d
         copy = theirs.get(name)
         if copy is None:
             continue
-        sort = (patch.kind, repr(patch.options), patch.site.op, patch.site.shape)
+        sort = (patch.kind, repr(patch.options), patch.site.op, patch.site.shape[2:])
         bound = BOUNDS.get(dtype or _dtype(patch), 1e-5)
         first = sort not in seen and _is_known(patch, base)
         if first or not _same_spelling(patch, copy, base, bound / 8):
@@ -68,14 +69,24 @@ def _check_dense(patch: Patch, copy: Patch, base: Base | None, bound: float, dty
 
 def _same_spelling(patch: Patch, copy: Patch, base: Base | None, bound: float) -> bool:
     """Say whether two patches are spelled by the same tensors, the scale of low-rank pairs multiplied out."""
-    ours, theirs = (_spelled(p, base) for p in (patch, copy))
+    ours, theirs = (_packed(p, base) for p in (patch, copy))
+    if {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()} and all(
+        torch.equal(ours[n].cpu(), theirs[n].cpu()) for n in ours
+    ):
+        return True  # to the last bit, as mostly, and without a wider copy
+    ours, theirs = _scaled(ours), _scaled(theirs)
     if {n: t.shape for n, t in ours.items()} != {n: t.shape for n, t in theirs.items()}:
         return False
     return all(_largest(ours[n] - theirs[n]) <= bound * _largest(ours[n]) for n in ours)
 
 
-def _spelled(patch: Patch, base: Base | None) -> dict[str, Tensor]:
-    packed = {name: tensor.to("cpu", _exactly(tensor.dtype)) for name, tensor in pack(patch, base).items()}
+def _packed(patch: Patch, base: Base | None) -> dict[str, Tensor]:
+    tensors = spelled(patch) if base is None and not patch.base_free else None
+    return pack(patch, base) if tensors is None else tensors
+
+
+def _scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    packed = {name: tensor.to("cpu", _exactly(tensor.dtype)) for name, tensor in tensors.items()}
     up, alpha = packed.get("lora_up.weight"), packed.get("alpha")
     if up is not None and alpha is not None:
         scale = float(alpha) / up.shape[1]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vgm_peft.delta import Delta
+from vgm_peft.errors import DeltaError
 from vgm_peft.family import Base
 from vgm_peft.formats import bundled
 from vgm_peft.formats.books import Reading, assemble, choose_book
@@ -24,7 +25,7 @@ from vgm_peft.formats.names import ALPHA, BIAS, BUNDLED, DOWN, FLAT, by_module, 
 from vgm_peft.formats.placing import place, without_empty_ranks
 from vgm_peft.formats.settings import ADAPTER, Settings, parse
 from vgm_peft.formats.vocabulary import Suffixes
-from vgm_peft.header import Header
+from vgm_peft.header import Header, listed
 
 SCALED_ROTATION = "oft_R.scaled_oft"
 """OneTrainer's mark: the values of `oft_R.weight` are meant divided by twice the root of the block's size less one."""
@@ -63,8 +64,16 @@ def _scaled(named: Mapping[str, Suffixes], reading: Reading, header: Header) -> 
     if ADAPTER not in header.metadata:
         return dict(named)
     table = parse(header.metadata[ADAPTER], f"{header.path}: damaged: its {ADAPTER}")
+    family = reading.book.family
+    lost = [key for key in table if key.partition(".")[0] not in family.parts]
+    if lost:  # diffusers begins every key with a part, so an alpha may be among them that would be passed over
+        raise DeltaError(
+            f"{header.path}: {len(lost)} keys of its {ADAPTER} belong to no part of {family.name} ({listed(lost)})",
+            expected="keys such as " + ", ".join(f"{part}.r" for part in family.parts),
+            fix="export it again with the tool that wrote it",
+        )
     settings: dict[str, Settings] = {}
-    for part in reading.book.family.parts:
+    for part in family.parts:
         own = {key.removeprefix(f"{part}."): value for key, value in table.items() if key.startswith(f"{part}.")}
         settings[part] = Settings(own, f"{header.path}: {ADAPTER} of {part}")
     out: dict[str, Suffixes] = {}

@@ -2,7 +2,7 @@
 
 For every patch in turn, the first that is possible:
 
-1. as it is, where the target loads its form rightly (`targets`);
+1. as it is, where the target loads its form rightly (`targets`), or all that is changed in its part is of one of its kinds;
 2. as a LoRA, where the change has a rank so low that nothing is lost (`factors`);
 3. densely, as `diff`, where the target reads that; it takes the base where the change depends on its weights;
 4. as the nearest LoRA of a rank, in place of 3, and only when asked: the error of every layer is kept;
@@ -24,12 +24,13 @@ from vgm_peft.family import Base
 from vgm_peft.formats.books import Book, Place, book_of, family_book
 from vgm_peft.formats.factors import EXACT, Thin, exact, full, nearest, pair
 from vgm_peft.formats.forms import Form, form_of
+from vgm_peft.formats.peft_kinds import adapter_of
 from vgm_peft.formats.targets import TARGETS, TOOLS, Target
 from vgm_peft.formats.vocabulary import change, pack
 from vgm_peft.site import Site
 
 Way = Literal["as it is", "as a LoRA", "densely", "nearly"]
-LORA, DIFF = Form("lora"), Form("diff")
+LORA, DIFF, ADAPTER = Form("lora"), Form("diff"), Form("adapter")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -94,11 +95,18 @@ class _Planner:
         )
         self.forms: dict[str, Form] = {}
         self.refused: dict[str, list[Patch]] = {}
+        self.adapters = {part for part in delta.parts if target.adapters and self._is_adapter(part)}
+
+    def _is_adapter(self, part: str) -> bool:
+        """Say whether all changes of a part are of one kind that the target has as such."""
+        return adapter_of({p.site.module: p for p in self.source if p.site.part == part}, self.book) is not None
 
     def place(self, patch: Patch) -> None:
         """Find a patch its way into the file."""
         if not self._is_found(patch.site):
             self._refuse(patch, f"{self.target.name} does not look there in text encoders")
+        elif patch.site.part in self.adapters:
+            self._keep(patch, ADAPTER)
         elif patch.site.op in ("norm", "bias"):
             self._keep(patch, self._form(patch))
         elif patch.timed:

@@ -35,6 +35,8 @@ class Target:
     """What it finds in text encoders: linear layers only, or everything."""
     all_of_attention: bool = False
     """In text encoders it takes q, k, v and out of a layer together or not at all."""
+    adapters: bool = False
+    """It has a part's changes in a kind of its own, where they all are of that kind (`peft_kinds`)."""
     remarks: Mapping[str, str] = field(default_factory=dict[str, str])
     """Name of a form -> what a user of it should know."""
     probe: tuple[str, ...] = ()
@@ -101,7 +103,7 @@ _LINES = (
         remarks=dict.fromkeys(("loha", "lokr", "glora", "ia3", "oft", "boft", "diff"), LATER),
     ),
     Target(name="diffusers", format="diffusers", about="diffusers", loads=frozenset({"lora"}), wrong=frozenset({"input"})),
-    Target(name="peft", format="peft", about="peft", loads=frozenset({"lora"}), wrong=frozenset({"input"})),
+    Target(name="peft", format="peft", about="peft", loads=frozenset({"lora"}), wrong=frozenset({"input"}), adapters=True),
     Target(
         name="lycoris",
         format="lycoris",

@@ -7,7 +7,7 @@ rank; their family they may say in metadata, and only a reading of the file deci
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ from vgm_peft.header import Entry, Header, open_header
 OURS = "vgm_peft."
 SUFFIX = re.compile(
     r"[._](lora_(?:up|down|mid|A|B)(?:\.\w+)?\.weight|lora(?:_linear_layer)?\.(?:up|down)\.weight|lora_magnitude_vector(?:\.weight)?"
-    r"|(?:hada|lokr|oft|boft)_\w+|[ab][12]\.weight|alpha|dora_scale|rescale|on_input|weight|diff|diff_b|w_norm|b_norm)$"
+    r"|(?:hada|lokr|oft|boft|hra|ia3|vera_lambda|fourierft|c3a)_\w+(?:\.weight)?|[ab][12]\.weight|alpha|dora_scale|rescale|on_input|weight|diff|diff_b|w_norm|b_norm)$"
 )
 KINDS = (
     (("dora_scale", "lora_magnitude"), "DoRA"),
@@ -28,7 +28,11 @@ KINDS = (
     (("oft_", "boft_"), "OFT"),
     (("a1.", "b1."), "GLoRA"),
     (("lora_", "lora."), "LoRA"),
-    (("on_input",), "IA3"),
+    (("on_input", "ia3_"), "IA3"),
+    (("hra_",), "HRA"),
+    (("vera_",), "VeRA"),
+    (("fourierft_",), "FourierFT"),
+    (("c3a_",), "C3A"),
     (("w_norm", "b_norm"), "norms"),
     (("diff",), "full difference"),
 )
@@ -37,6 +41,8 @@ RANK_AXES = {"lora_down.": 0, "lora_A.": 0, "lora.down.": 0, "lora_linear_layer.
 PARTS = re.compile(
     r"(lora_unet|lora_te\d?|lora_transformer|lycoris|unet|text_encoder(?:_\d)?|transformer|diffusion_model|base_model\.model)[._]"
 )
+COUNTS = ("dtypes", "kinds", "ranks", "parts")
+"""What of a `Glance` is counted."""
 EMBEDDINGS = ("emb_params", "clip_l", "clip_g", "clip_h")
 
 
@@ -108,12 +114,13 @@ def _theirs(header: Header) -> Glance:
         else:
             others += 1
     ranks = (rank for tensors in modules.values() if (rank := _rank(tensors)) is not None)
-    parts = (match[1] if (match := PARTS.match(name)) else "?" for name in modules)
+    parts = [match[1] if (match := PARTS.match(name)) else "?" for name in modules]
     says = header.metadata.get("modelspec.architecture") or header.metadata.get("ss_base_model_version", "")
-    dotted = any(".lora_A" in name or ".lora." in name or "processor" in name for name in header.tensors)
+    if modules and all(part == "base_model.model" for part in parts):  # the folder's name is all that tells it
+        parts = [header.path.parent.name] * len(modules)
     return Glance(
         **_common(header),
-        tool="diffusers or peft" if dotted else "an embedding" if words and not modules else "kohya or LyCORIS",
+        tool="an embedding" if words and not modules else _tool(header),
         base=says,
         kinds=dict(Counter(_kind(tensors) for tensors in modules.values())),
         ranks=_counted(ranks),
@@ -123,6 +130,33 @@ def _theirs(header: Header) -> Glance:
         others=others,
         metadata=dict(sorted(header.metadata.items())),
     )
+
+
+def together(seen: Sequence[Glance], name: str) -> Glance:
+    """Sum up what the headers of the files of one folder say; that of a single file is returned as it is."""
+    if len(seen) == 1:
+        return seen[0]
+    counts = {key: dict(sum((Counter(getattr(one, key)) for one in seen), Counter())) for key in COUNTS}
+    said = seen[0].metadata.items()
+    return Glance(
+        file=name,
+        tool=seen[0].tool,
+        base=next((one.base for one in seen if one.base), ""),
+        size=sum(one.size for one in seen),
+        options=[],
+        words={token: rows for one in seen for token, rows in one.words.items()},
+        others=sum(one.others for one in seen),
+        metadata={key: text for key, text in said if all(one.metadata.get(key) == text for one in seen)},
+        **counts,
+    )
+
+
+def _tool(header: Header) -> str:
+    """Whose spelling it is, by the names of weights."""
+    if all(name.startswith("base_model.") for name in header.tensors):
+        return "peft"
+    dotted = any(".lora_A" in name or ".lora." in name or "processor" in name for name in header.tensors)
+    return "diffusers or peft" if dotted else "kohya or LyCORIS"
 
 
 def _common(header: Header) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ConfigError(f"--method {self.method}", fix=nearest(self.method, [*METHODS]))
+            raise ConfigError(f"--method {self.method}", fix=nearest(self.method, [*METHODS, "fusion"]))
         if METHODS[self.method].needs_rank and self.rank is None:
             raise ConfigError(f"--method {self.method} makes changes of a rank", expected="--rank R")
         if not METHODS[self.method].takes_rank and self.rank is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vgm_peft.delta import Delta
 from vgm_peft.errors import VgmError
-from vgm_peft.formats import file_of, open_header, read
+from vgm_peft.formats import files_of, open_header, read
 from vgm_peft.formats.vocabulary import is_finite
 from vgm_peft.header import Header, shown
 from vgm_peft.tools.checkpoint import Checkpoint
@@ -38,15 +38,17 @@ def verify(path: Path, checkpoint: Checkpoint | None = None) -> Verdict:
     """Read a file whole and say what is wrong with it; what a reader refuses is a fault like any other."""
     verdict = Verdict(path.name)
     try:
-        delta, header = read(path), open_header(file_of(path))
+        delta, headers = read(path), [open_header(file) for file in files_of(path)]
     except VgmError as error:
         verdict.faults.append(str(error))
         return verdict
-    verdict.notes.append(f"{len(header.tensors)} tensors, all used: {len(delta.patches)} changes, {len(delta.words)} words")
+    tensors = sum(len(header.tensors) for header in headers)
+    verdict.notes.append(f"{tensors} tensors, all used: {len(delta.patches)} changes, {len(delta.words)} words")
     _check_values(delta, verdict)
     if verdict.sound:
         _check_ranks(delta, verdict)
-    _check_hashes(header, verdict)
+    for header in headers:
+        _check_hashes(header, verdict, of=f" in {header.path.parent.name}/{header.path.name}" if len(headers) > 1 else "")
     if checkpoint is not None:
         _check_fit(delta, checkpoint, verdict)
     return verdict
@@ -74,17 +76,17 @@ def _check_ranks(delta: Delta, verdict: Verdict) -> None:
         verdict.faults.append("every change is zero: nothing was learned, or the file was emptied")
 
 
-def _check_hashes(header: Header, verdict: Verdict) -> None:
+def _check_hashes(header: Header, verdict: Verdict, of: str) -> None:
     digest, data = hashlib.sha256(), min((e.start for e in header.tensors.values()), default=header.size)
     with header.path.open("rb") as file:
         file.seek(data)
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     found = digest.hexdigest()
-    verdict.notes.append(f"SHA-256 of the tensors {found}")
+    verdict.notes.append(f"SHA-256 of the tensors{of} {found}")
     match = HASH.fullmatch(header.metadata.get("sshs_model_hash", ""))
     if match and match[1] != found:
-        verdict.faults.append(f"sshs_model_hash says {match[1][:12]}..., so the tensors were changed after they were hashed")
+        verdict.faults.append(f"sshs_model_hash{of} says {match[1][:12]}..., so its tensors were changed after that")
 
 
 def _check_fit(delta: Delta, checkpoint: Checkpoint, verdict: Verdict) -> None:

@@ -27,8 +27,9 @@ def run(args: argparse.Namespace) -> int:
     single = len(args.files) == 1 and out.suffix == ".safetensors"
     outputs: dict[Path, Path] = {}
     for file in args.files:
-        outputs[out if single else out / f"{formats.file_of(file).stem}.safetensors"] = file
-    if len(outputs) < len(args.files) or any(a.resolve() == formats.file_of(b).resolve() for a, b in outputs.items()):
+        parts = formats.files_of(file)
+        outputs[out if single else out / f"{parts[0].stem if len(parts) == 1 else file.name}.safetensors"] = file
+    if len(outputs) < len(args.files) or any(a.resolve() == formats.files_of(b)[0].resolve() for a, b in outputs.items()):
         raise ConfigError(f"--output {out}: two files of one name, or a file that is read", fix="choose another folder")
     for path, file in outputs.items():
         for written in formats.write_all(formats.read(file), path, target.name, dtype=dtype):

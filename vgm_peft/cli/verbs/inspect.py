@@ -29,9 +29,9 @@ def add_verb(verbs: Verbs) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look, and measure where that is asked for."""
-    from vgm_peft.tools.glance import glance
+    from vgm_peft.tools.glance import glance, together
 
-    seen = glance(_file(args.file))
+    seen = together([glance(file) for file in _files(args.file)], args.file.name)
     layers = _layers(args) if args.norms or args.output is not None else None
     if args.json:
         measured = {} if layers is None else {"family": layers[0], "layers": layers[1]}
@@ -50,13 +50,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _file(path: Path) -> Path:
-    """The file itself, or that of a folder; only the latter takes the room of formats, and with it torch."""
+def _files(path: Path) -> list[Path]:
+    """The file itself, or those of a folder; only the latter takes the room of formats, and with it torch."""
     if not path.is_dir():
-        return path
-    from vgm_peft.formats import file_of
+        return [path]
+    from vgm_peft.formats import files_of
 
-    return file_of(path)
+    return files_of(path)
 
 
 def _layers(args: argparse.Namespace) -> tuple[str, dict[str, tuple[int | None, float]]]:

@@ -83,11 +83,11 @@ def _dtype(file: Path) -> "torch.dtype | None":
     """The dtype that most values of a file are stored in."""
     from math import prod
 
-    from vgm_peft.formats import file_of, open_header
+    from vgm_peft.formats import files_of, open_header
     from vgm_peft.formats.canonical import DTYPES
 
     counts: Counter[str] = Counter()
-    for entry in open_header(file_of(file)).tensors.values():
+    for entry in (entry for part in files_of(file) for entry in open_header(part).tensors.values()):
         counts[entry.dtype] += prod(entry.shape)
     return DTYPES[max(counts, key=counts.__getitem__)] if counts else None
 
