@@ -44,7 +44,7 @@ def test_of_dropped_pictures_nothing_is_learned_but_silence(config: Make) -> Non
 
 
 def test_what_must_be_steered_is_never_left_without(config: Make) -> None:
-    with pytest.raises(ConfigError, match="controlnet needs what steers"):
+    with pytest.raises(ConfigError, match="nothing that steers controlnet can be left out"):
         config("controlnet", "run", {"data": {"control_dropout": 0.1}})
     with pytest.raises(ConfigError, match="both_dropout"):
         config("ip-adapter", "run", {"data": {"control_dropout": 0.1, "caption_dropout": 0.1, "both_dropout": 0.2}})

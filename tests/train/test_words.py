@@ -149,28 +149,27 @@ def test_captions_may_hold_new_words_and_others_stay_cached(config: Make, pictur
     assert delta.patches and delta.words["<me>"].layers and set(seen) == {layers_of(tiny_base("sd15").pipe)}, "only one caption"
 
 
-def test_the_word_takes_the_place_of_what_it_begins_as_in_captions(config: Make, pictures: Path) -> None:
+def test_the_word_takes_the_place_of_what_it_begins_as_in_captions(
+    config: Make, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And a caption that names neither gives way to a sentence, which is said."""
     lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     for line, text in zip(lines, ("a Robot on sand, no robots", "a robotic duck", "a <me> here"), strict=True):
         line["text"] = text
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     seen: list[str] = []
-    tokenizer: Any = tiny_base("sd15").pipe.tokenizer
-    read_text = type(tokenizer).__call__
+    kind: Any = type(tiny_base("sd15").pipe.tokenizer)
+    read_text = kind.__call__
 
-    class Watched(type(tokenizer)):
-        def __call__(self, text: Any, *more: Any, **other: Any) -> Any:
-            seen.extend([text] if isinstance(text, str) else text)
-            return read_text(self, text, *more, **other)
+    def watched(self: Any, text: Any, *more: Any, **other: Any) -> Any:
+        seen.extend([text] if isinstance(text, str) else text)
+        return read_text(self, text, *more, **other)
 
-    tokenizer.__class__ = Watched
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "__call__", watched)
         task: Table = {"token": "<me>", "init_word": "<rand> robot", "vectors": 1, "templates": ["one {}"]}
         made = config("textual-inversion", "run", {"task": task, "steps": 6, "preview": {"count": 0}})
         notices = train(made, base=tiny_base("sd15")).notices
-    finally:
-        tokenizer.__class__ = Watched.__mro__[1]
     shown = {text for text in seen if "<me>" in text and text != "<me>"}
     assert shown == {"a <me> on sand, no robots", "one <me>", "a <me> here"}
     told = " ".join(notices)

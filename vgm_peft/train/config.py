@@ -211,7 +211,7 @@ def bind(given: Table, where: str = "") -> RunConfig:
     task = config.task_class()
     config = replace(config, task=replace(config.task, options=_options("task", TaskConfig, task.Options, config.task.options)))
     if config.data.control_dropout and not task.drops_controls:
-        raise ConfigError(f"{where}data.control_dropout is set, but {config.task.name} needs what steers", fix="leave it out")
+        raise ConfigError(f"{where}data.control_dropout is set, but nothing that steers {config.task.name} can be left out")
     if config.data.annotator and not task.steered:
         raise ConfigError(f"{where}data.annotator is set, but {config.task.name} learns from no control pictures")
     if not task.trains_delta:
