@@ -34,6 +34,7 @@ NOUNS = (
     "desk",
     "folders",
     "digests",
+    "spelling",
 )
 ROOMS = ("deltas", "families", "sides", "scores")
 LAYERS = (

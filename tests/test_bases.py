@@ -17,10 +17,10 @@ from torch import Tensor
 from vgm_peft.errors import BaseModelError
 from vgm_peft.families import TABLE, load
 from vgm_peft.families.latent import UNetFamily
-from vgm_peft.families.spelling import unet_spellings
 from vgm_peft.family import Base
 from vgm_peft.process import Process
 from vgm_peft.site import find_sites
+from vgm_peft.spelling import unet_spellings
 
 
 @lru_cache

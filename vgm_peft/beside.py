@@ -35,7 +35,7 @@ class Beside:
         if not 0.0 <= span[0] < span[1] <= 1.0:
             raise ConfigError(f"steps {span[0]:g} .. {span[1]:g} of a {side.name}", expected="a part of 0 .. 1, as in 0-0.5")
         if guess and not side.guesses:
-            raise ConfigError(f"guess mode of a {side.name}", expected="a side network that has it: controlnet")
+            raise ConfigError(f"guess mode of a {side.name}", expected="a side network that has it: controlnet, control-lora")
         self.base, self.side, self.network = base, side, network
         self.strength, self.span, self.guess = strength, span, guess
         self.mask: Tensor | None = None

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import DeltaError
-from vgm_peft.families.spelling import unet_spellings
 from vgm_peft.formats.books import family_book
+from vgm_peft.spelling import unet_spellings
 
 DENOISER = "diffusion_model"
 ENCODERS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}

@@ -29,8 +29,8 @@ from vgm_peft import formats
 from vgm_peft.attachment import Attachment
 from vgm_peft.delta import Delta
 from vgm_peft.errors import DeltaError
-from vgm_peft.families.spelling import unet_spellings
 from vgm_peft.family import Base
+from vgm_peft.spelling import unet_spellings
 
 PACK = Path(__file__).parents[2] / "apps" / "comfyui"
 SITES = ["unet.mid_block.*to_?", "unet.mid_block.resnets.0.conv1"]

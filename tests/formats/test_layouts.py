@@ -16,8 +16,8 @@ from tests.formats.ground import assert_same_change, difference, make_delta, mak
 from vgm_peft import formats
 from vgm_peft.delta import Delta
 from vgm_peft.errors import DeltaError
-from vgm_peft.families.spelling import unet_spellings
 from vgm_peft.family import Base
+from vgm_peft.spelling import unet_spellings
 
 Make = Callable[[str], Base]
 PAIR = {"down": "lora_down.weight", "up": "lora_up.weight"}

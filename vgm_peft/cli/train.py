@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from vgm_peft.cli import Parser
     from vgm_peft.train import RunConfig, RunResult
 
-TASKS = ("dreambooth", "finetune", "textual-inversion", "controlnet", "t2i-adapter", "ip-adapter", "controlnext")
+SIDES = ("controlnet", "control-lora", "t2i-adapter", "controlnext", "ip-adapter")
+TASKS = ("dreambooth", "finetune", "textual-inversion", *SIDES)
 
 
 def add_flags(parser: "Parser") -> None:

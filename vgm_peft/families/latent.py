@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vgm_peft.families.layout import Layout
-from vgm_peft.families.spelling import unet_spellings
 from vgm_peft.family import Base, Family, KeyTable, Posterior, Query
 from vgm_peft.site import Site
+from vgm_peft.spelling import unet_spellings
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel

@@ -8,12 +8,15 @@ from torch import nn
 from vgm_peft.errors import ConfigError, DeltaError, nearest
 from vgm_peft.family import Base
 from vgm_peft.side import Side, class_of
+from vgm_peft.sides.control_lora import ControlLora
 from vgm_peft.sides.controlnet import ControlNet
 from vgm_peft.sides.controlnext import ControlNeXt
 from vgm_peft.sides.ip_adapter import IPAdapter
 from vgm_peft.sides.t2i_adapter import T2IAdapterSide
 
-TABLE: Mapping[str, Side] = {side.name: side for side in (ControlNet(), T2IAdapterSide(), ControlNeXt(), IPAdapter())}
+TABLE: Mapping[str, Side] = {
+    side.name: side for side in (ControlNet(), ControlLora(), T2IAdapterSide(), ControlNeXt(), IPAdapter())
+}
 
 
 def side_named(name: str) -> Side:

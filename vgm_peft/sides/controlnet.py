@@ -52,7 +52,7 @@ class ControlNet(Side):
         """Copy the base's encoder, in float32 and training mode; only the control picture's encoder depends on `seed`."""
         from diffusers import ControlNetModel
 
-        widths = _hint_widths(base.latent_factor)
+        widths = hint_widths(base.latent_factor)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = ControlNetModel.from_unet(cast(Any, base.denoiser), conditioning_embedding_out_channels=widths)
@@ -124,7 +124,7 @@ def _to(network: "ControlNetModel", device: torch.device) -> "ControlNetModel":
     return cast(Any, network).to(device)
 
 
-def _hint_widths(factor: int) -> tuple[int, ...]:
+def hint_widths(factor: int) -> tuple[int, ...]:
     """Channels of an encoder that brings pictures down by `factor`, a power of two up to 32."""
     widths = [*HINT_WIDTHS, 256, 256]
     if factor not in (2**i for i in range(len(widths))):

@@ -15,13 +15,13 @@ from vgm_peft.errors import BaseModelError, DeltaError
 from vgm_peft.families import TABLE, toybox_folder
 from vgm_peft.families.index import family_of_folder
 from vgm_peft.families.original_names import UNET, WHOLE, Cut, original_name
-from vgm_peft.families.spelling import unet_spellings
 from vgm_peft.family import Family
 from vgm_peft.formats.books import family_book
 from vgm_peft.formats.canonical import read_tensor
 from vgm_peft.formats.vocabulary import change
 from vgm_peft.header import Entry, Header, open_header
 from vgm_peft.site import WRAPPER, Op, Site
+from vgm_peft.spelling import unet_spellings
 
 TABLES = ("token_embedding", "position_embedding")
 

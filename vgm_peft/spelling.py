@@ -1,7 +1,8 @@
 """The original (LDM) names of a U-Net's modules, computed from the block structure found in the diffusers names.
 
 The original code numbers its input and output blocks in one row, whatever the level; diffusers numbers levels, and
-within a level resnets, attentions and samplers. Any number of levels, and of layers in each, is mapped.
+within a level resnets, attentions and samplers. Any number of levels, and of layers in each, is mapped; of a copy of the
+encoder, the part that it has.
 """
 
 import re
@@ -29,7 +30,7 @@ _PLACE = re.compile(r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.((?:resnets|at
 
 
 def unet_spellings(modules: Iterable[str]) -> dict[str, str]:
-    """Map diffusers module paths of one whole U-Net to the original ones; a module that has none is left out."""
+    """Map diffusers module paths of one whole U-Net, or its encoder, to the original ones; one that has none is left out."""
     modules = tuple(dict.fromkeys(modules))
     found = {(match[1], match[2]) for match in map(_PLACE.fullmatch, modules) if match}
     homes = _number(found)
