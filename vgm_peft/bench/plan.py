@@ -20,6 +20,8 @@ from vgm_peft.train.origin import differences, origin
 from vgm_peft.train.recipes import resolve
 
 Record = Mapping[str, Any]
+DRAWING = ("text_encoder", "unet", "vae")
+"""The base's parts without which it draws nothing; its image encoder is none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,6 @@ class Trial:
 
 @cache
 def _base_digest() -> str:
-    """SHA-256 over the embedded base's weights: scores of another one are no part of the comparison."""
-    weights = sorted(toybox_folder().rglob("*.safetensors"))
-    return digest_of_files(weights)
+    """SHA-256 over the weights of the embedded base that draw: scores of another one are no part of the comparison."""
+    folder = toybox_folder()
+    return digest_of_files(sorted(path for part in DRAWING for path in (folder / part).glob("*.safetensors")))
