@@ -251,3 +251,13 @@ def test_of_the_class_nothing_is_asked_but_to_stay(family: str, text: bool, conf
 
     assert first("base", 1.0) == pytest.approx(first("base", 1000.0), rel=1e-4)
     assert first("pictures", 1000.0) > 100 * first("pictures", 1.0)
+
+
+def test_no_more_checkpoints_are_left_than_are_kept(config: Callable[..., RunConfig]) -> None:
+    """Found by a kill between the last checkpoint and the removal of the one before: nothing is saved again after that."""
+    made = [config("finetune", "run", {"checkpoint": {"every": 1, "keep": keep, "leave": 2}}) for keep in (2, 1)]
+    train(made[0], base=tiny_base("sd15"))
+    folder = Path(made[0].output)
+    assert len(list((folder / "checkpoints").glob("step-*"))) == 2
+    train(made[1], resume=folder, base=tiny_base("sd15"))
+    assert [p.name for p in (folder / "checkpoints").glob("step-*")] == ["step-000004"]

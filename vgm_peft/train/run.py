@@ -228,5 +228,6 @@ def _save(task: Task[Any], desk: loop.Desk, facts: Mapping[str, object]) -> Path
     files = sorted(p for p in made if p.is_file())
     digests = {p.relative_to(desk.folder).as_posix(): digest_of_file(p) for p in files}
     write_manifest(desk.folder, {**facts, "result": digests})
-    thin(desk.checkpoints, desk.config.checkpoint.leave)  # only now: until the result is there, they are all there is
+    kept = desk.config.checkpoint  # of a run that was killed as it removed one, there may still be more than it keeps
+    thin(desk.checkpoints, min(kept.leave, kept.keep))  # only now: until the result is there, they are all there is
     return path
