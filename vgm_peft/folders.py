@@ -128,20 +128,10 @@ def replace_folder(folder: Path, owned: Callable[[Path], bool]) -> Generator[Pat
     """
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _says(owned, folder))):
         raise SaveError(f"{folder}: holds something else", expected="a new folder, or one to be replaced", fix="name another")
-    aside = folder.parent / f".{folder.name}.{uuid4().hex}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
+    with _aside(folder) as aside:
         yield aside
         _settle(aside)
         _exchange(aside, folder)
-        _sync(folder.parent)
-    except OSError as error:
-        raise SaveError(
-            f"{folder}: not written ({error.strerror or error})", fix="what stood there before is unharmed"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
@@ -152,20 +142,27 @@ def replace_file(path: Path, owned: Callable[[Path], bool]) -> Generator[Path]:
     """
     if path.exists() and not (path.is_file() and _says(owned, path)):
         raise SaveError(f"{path}: holds something else", expected="a new file, or one to be replaced", fix="name another")
-    folder = path.parent / f".{path.name}.{uuid4().hex}"
+    with _aside(path) as aside:
+        yield aside / path.name
+        _settle(aside)
+        os.replace(aside / path.name, path)
+
+
+@contextmanager
+def _aside(place: Path) -> Generator[Path]:
+    """A new folder beside a place, for what is to stand there; gone afterwards, whatever became of it. Raises `SaveError`."""
+    aside = place.parent / f".{place.name}.{uuid4().hex}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        yield folder / path.name
-        _settle(folder)
-        os.replace(folder / path.name, path)
-        _sync(path.parent)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        yield aside
+        _sync(place.parent)
     except OSError as error:
         raise SaveError(
-            f"{path}: not written ({error.strerror or error})", fix="what stood there before is unharmed"
+            f"{place}: not written ({error.strerror or error})", fix="what stood there before is unharmed"
         ) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _settle(folder: Path) -> None:

@@ -105,7 +105,6 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", default="toybox", metavar="FOLDER", help="diffusers folder, or toybox (the default)")
     parser.add_argument("--delta", metavar="FILE", help="a trained delta to put on the base")
     parser.add_argument("--scale", type=float, default=1.0, help="its strength (default 1)")
     parser.add_argument("--subject", metavar="NAME", help="also measure identity with this held-out subject")
@@ -113,6 +112,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alone", action="store_true", help="it stands there without its class after it, as new words do")
     parser.add_argument("--count", type=int, default=400, help="held-out prompts, 0 for none (default 400)")
     parser.add_argument("--subject-count", type=int, default=24, help="pictures of the subject (default 24)")
+    _add_drawing(parser)
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", default="toybox", metavar="FOLDER", help="diffusers folder, or toybox (the default)")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, help="default: what suits toybox")
     parser.add_argument("--seed", type=int, default=0)
@@ -123,17 +127,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate_side(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("network", type=Path, metavar="NETWORK", help="folder or file of a trained side network")
     parser.add_argument("--kind", required=True, choices=("depth", "mask", "edges", "image"), help="what steers it")
-    parser.add_argument("--base", default="toybox", metavar="FOLDER", help="diffusers folder, or toybox (the default)")
     parser.add_argument("--unplaced", action="store_true", help="prompts that leave out where the toy is and how large")
     parser.add_argument("--strength", type=float, default=1.0, help="of the network (default 1)")
     parser.add_argument("--count", type=int, default=100, help="held-out scenes (default 100)")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, help="default: the base's own")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, metavar="DIR", help="also write grid.png and scores.json there")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    _add_drawing(parser)
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
