@@ -65,12 +65,11 @@ def control(rows: int = 2, side: int = 64) -> Tensor:
     return torch.rand(rows, 3, side, side, generator=torch.Generator().manual_seed(2))
 
 
-def predict(base: Base, network: nn.Module | None = None, picture: Tensor | None = None, strength: float = 1.0) -> Tensor:
-    """What the denoiser predicts, with a network beside it that sees a picture or without one."""
-    side = next((s for s in TABLE.values() if network is not None and network is trained(s.name, base.family.name)), None)
-    if network is None or side is None:
+def predict(base: Base, side: Side | None = None, picture: Tensor | None = None, strength: float = 1.0) -> Tensor:
+    """What the denoiser predicts, with the trained network of a side beside it that sees a picture, or with none."""
+    if side is None:
         return base.family.predict(base, query(base.family.name))
-    with Beside(base, side, network, strength) as beside:
+    with Beside(base, side, trained(side.name, base.family.name), strength) as beside:
         beside.tell(control() if picture is None else picture)
         return base.family.predict(base, query(base.family.name))
 
@@ -124,9 +123,8 @@ def test_gradients_reach_the_network_and_not_the_base(side: Side, base: Base) ->
 
 @torch.no_grad()
 def test_it_reads_the_picture_and_its_strength_counts(side: Side, base: Base) -> None:
-    network = trained(side.name, base.family.name)
-    found = predict(base, network, control())
-    for other in (predict(base), predict(base, network, 1 - control()), predict(base, network, control(), 0.5)):
+    found = predict(base, side, control())
+    for other in (predict(base), predict(base, side, 1 - control()), predict(base, side, control(), 0.5)):
         assert (found - other).abs().max() > 1e-4
 
 
@@ -145,7 +143,7 @@ def test_several_are_heard_together_in_any_order(side: Side, base: Base) -> None
         for beside in besides:
             beside.remove()
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
-    assert (found[0] - predict(base, network, control(), 0.5)).abs().max() > 1e-4
+    assert (found[0] - predict(base, side, control(), 0.5)).abs().max() > 1e-4
 
 
 @torch.no_grad()
@@ -157,7 +155,7 @@ def test_saved_and_opened_again(side: Side, base: Base, tmp_path: Path) -> None:
     found, opened = open_side(saved, base)
     assert found is side and not opened.training and not any(p.requires_grad for p in opened.parameters())
     assert all(torch.equal(v, opened.state_dict()[k]) for k, v in network.state_dict().items())
-    ours = predict(base, network)
+    ours = predict(base, side)
     with Beside(base, side, opened) as beside:
         beside.tell(control())
         assert torch.equal(base.family.predict(base, query(base.family.name)), ours)
@@ -187,7 +185,7 @@ def test_a_control_picture_of_another_size_is_refused(side: Side, base: Base) ->
     if not side.paired:
         pytest.skip("it reads pictures of any size")
     with pytest.raises(DataError, match=r"32x32.*64x64"):
-        predict(base, trained(side.name, base.family.name), control(side=32))
+        predict(base, side, control(side=32))
 
 
 def test_what_is_no_side_network_is_refused(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_files_of_others_are_read(tmp_path: Path) -> None:
     held = load_file(saved)
     flat = {name: t.flatten(1) if name.endswith((".up", ".down")) else t for name, t in held.items()}
     save_file(flat, saved)
-    expected = predict(base, trained("control-lora", "sd15"))
+    expected = predict(base, SIDE)
     with Beside(base, *open_side(saved, base)) as beside:
         beside.tell(control())
         assert torch.equal(base.family.predict(base, query("sd15")), expected)
