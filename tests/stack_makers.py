@@ -1,5 +1,7 @@
 """Deltas and words with values in them, for the tests of stacks, pictures, commands and the Studio."""
 
+from typing import Any
+
 import torch
 
 from vgm_peft.delta import Delta, Word
@@ -8,7 +10,12 @@ from vgm_peft.family import Base
 from vgm_peft.site import choose
 from vgm_peft.words import text_embeddings
 
-SMALL = {"steps": 2, "guidance": 3.0, "scheduler": "ddim"}
+SMALL: dict[str, Any] = {"steps": 2, "guidance": 3.0, "scheduler": "ddim"}
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    """`SMALL` with changes."""
+    return {**SMALL, **changes}
 
 
 def make_delta(base: Base, kind: str = "lora", seed: int = 0, preset: str = "attention") -> Delta:

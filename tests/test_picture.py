@@ -18,7 +18,7 @@ from vgm_peft.errors import ConfigError, DataError, DeltaError, SaveError
 from vgm_peft.families import family_named
 from vgm_peft.family import Base
 from vgm_peft.picture import Picture, grid, parameters, portable, read_stack
-from vgm_peft.stack import ControlUse, DeltaUse, Stack, generate
+from vgm_peft.stack import ControlUse, DeltaUse, Region, Stack, generate
 from vgm_peft.stack.library import find, locate
 
 
@@ -88,8 +88,14 @@ def test_only_plain_names_leave_this_machine() -> None:
             DeltaUse(file="../runs/robot/delta.safetensors"),
         ),
         controls=(ControlUse(network="/nets/edges", image="/home/me/a.png"),),
+        regions=(Region(name="left", mask="/home/me/left.png"), Region(name="right")),
+        image="/home/me/begin.png", paint="/home/me/where.png",
     )  # fmt: skip
+    stack = replace(stack, deltas=(*stack.deltas, replace(stack.deltas[1], region="left")))
     plain = portable(stack)
+    assert (plain.regions[0].mask, plain.image, plain.paint) == ("left.png", "begin.png", "where.png")
+    assert plain.deltas[3].file == plain.deltas[1].file and plain.deltas[3].region == "left"
+    plain = replace(plain, deltas=plain.deltas[:3])
     assert [d.file for d in plain.deltas] == ["toy.safetensors", "toy-22222222.safetensors", "robot/delta.safetensors"]
     assert (plain.base, plain.controls[0].network, plain.controls[0].image) == ("sd15", "edges", "a.png")
     assert "/home" not in parameters(stack) and portable(plain) == plain
@@ -130,6 +136,10 @@ def record(**table: Any) -> str:
         ],
         (record(controls=[{"network": "../x", "image": "a.png"}]), "plain file name"),
         (record(controls=[{"network": "x", "image": "*.png"}]), "plain file name"),
+        (record(image="/etc/passwd"), "plain file name"),
+        (record(image="a.png", paint="../x"), "plain file name"),
+        (record(regions=[{"name": "left", "mask": "~/x"}]), "plain file name"),
+        (record(regions=[{"name": str(n)} for n in range(17)]), "regions: 17 entries"),
         (record(deltas=[{"file": "a", "strength": 1e9}]), "strength of a"),
         (record(deltas=[{"file": "a", "digest": "zz"}]), "SHA-256"),
     ],

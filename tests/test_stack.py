@@ -19,7 +19,7 @@ from vgm_peft.errors import BaseModelError, ConfigError, DataError, DeltaError, 
 from vgm_peft.families import TABLE as FAMILIES
 from vgm_peft.families import family_named
 from vgm_peft.family import Base
-from vgm_peft.stack import ControlUse, DeltaUse, Stack, attach, detach, generate
+from vgm_peft.stack import ControlUse, DeltaUse, Region, Stack, attach, detach, generate
 from vgm_peft.stack.recipe import SCHEDULERS
 
 TASKS = ("text2img", "img2img", "inpaint", "controlnet")
@@ -255,6 +255,8 @@ def test_stack_conflicts_are_errors_and_touch_nothing(base: Base) -> None:
     before = fingerprint(base.pipe)
     with pytest.raises(ConfigError, match="twice"):
         Stack(deltas=(DeltaUse(file="a"), DeltaUse(file="a")))
+    with pytest.raises(ConfigError, match='twice in the region "left"'):
+        Stack(deltas=(DeltaUse(file="a", region="left"), DeltaUse(file="a", region="left")), regions=(Region(name="left"),))
     foreign = make_delta(base)
     foreign.family = "dit"
     with pytest.raises(DeltaError, match="for dit"):
@@ -392,15 +394,22 @@ def test_a_stack_goes_through_toml_unchanged(tmp_path: Path) -> None:
     stack = Stack(
         base="toybox", prompt='a "red" robot\non grass', negative="blurry", steps=7, guidance=1.5, seed=3, count=2, width=64,
         height=128, scheduler="euler_a",
-        deltas=(DeltaUse(file="a.safetensors", strength=-0.5, digest="a" * 64), DeltaUse(file="b")),
+        image="begin.png", change=0.5, paint="where.png", paint_digest="b" * 64, combine="composite", regional="attention",
+        deltas=(
+            DeltaUse(file="a.safetensors", strength=-0.5, digest="a" * 64, start=0.25, schedule=(1.0, 0.5)),
+            DeltaUse(file="b", blocks={"unet.up_blocks.*": 0.5, "*": 2.0}, region="left"),
+        ),
         controls=(ControlUse(network="edges", image="edges.png", strength=0.25),),
+        regions=(Region(name="left", prompt="a car", box=(0.0, 0.0, 0.5, 1.0)), Region(name="right", mask="right.png")),
     )  # fmt: skip
     file = tmp_path / "x.toml"
     file.write_text(stack.toml(), encoding="utf-8")
     again = Stack.read(file)
     assert again == stack and again.toml() == stack.toml()
     assert again.path("a.safetensors") == tmp_path / "a.safetensors"
+    assert list(again.deltas[1].blocks) == ["unet.up_blocks.*", "*"]  # the first that matches counts
     assert Stack.read(_written(tmp_path, Stack().toml())) == Stack()
+    assert Stack(deltas=(DeltaUse(file="a"),)).table()["deltas"] == [{"file": "a", "strength": 1.0}]
 
 
 def _written(folder: Path, text: str) -> Path:
@@ -426,6 +435,17 @@ def _written(folder: Path, text: str) -> Path:
         ("folder = '/etc'", 'unknown setting "bad.toml: folder"'),
         ("prompt = '" + "x" * 9000 + "'", "9000 characters"),
         ("prompt = ", "not valid TOML"),
+        ("change = 0.0", "change = 0.0; expected above 0"),
+        ("paint = 'a.png'", 'paint = "a.png" without an image'),
+        ("combine = 'mix'", "combine = 'mix'; expected one of 'sum'"),
+        ("[[deltas]]\nfile = 'a'\nstart = 0.5\nend = 0.5", "a acts from 0.5 to 0.5; expected a start before the end"),
+        ("[[deltas]]\nfile = 'a'\nstart = 0.5\nend = 0.2", r"end of a = 0.2; expected 0.5 .. 1"),
+        ("[[deltas]]\nfile = 'a'\nschedule = [1.0, nan]", "schedule"),
+        ("[[deltas]]\nfile = 'a'\nblocks = {'unet.*' = 1e9}", "blocks of a"),
+        ("[[deltas]]\nfile = 'a'\nregion = 'lef'\n[[regions]]\nname = 'left'", 'region "lef".*did you mean "left"'),
+        ("[[deltas]]\nfile = 'a'\nregion = 'lef'", 'region "lef", which the stack does not have; add the region'),
+        ("[[regions]]\nname = 'left'\n[[regions]]\nname = 'left'", '2 regions are called "left"'),
+        ("[[regions]]\nname = 'left'\nbox = [0.5, 0.0, 0.2, 1.0]", "box .* of the region left"),
     ],
 )
 def test_bad_stack_files_are_named(tmp_path: Path, text: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Every test that `docs/trust.md` names exists, and every kind of fault is on the page."""
+"""Every test that `docs/trust.md` and `docs/studio.md` name exists, and every kind of fault is on the page."""
 
 import ast
 import re
@@ -10,7 +10,8 @@ from vgm_peft.data import KINDS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
-NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py::\w+)`", PAGE)))
+STUDIO = (ROOT / "docs" / "studio.md").read_text(encoding="utf-8")
+NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py::\w+)`", PAGE + STUDIO)))
 
 
 @pytest.mark.parametrize("node", NAMED)

@@ -20,21 +20,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vgm_peft.delta import Delta
+from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import DeltaError
+from vgm_peft.rows import Rows, Selection
 from vgm_peft.shares import Deriving, Shares
 from vgm_peft.site import Site, locate
 from vgm_peft.socket import Socket, socket_of
 from vgm_peft.sums import Vector, add
 
 Parts = Mapping[str, nn.Module]
+Strength = float | Mapping[str, float]
+"""One for all sites of a delta, or that of each by its name."""
 
 
 class _Owner:
-    """What `Attachment` and `Fusion` share: the sockets they are in, and how to leave them."""
+    """What `Attachment` and `Fusion` share: the parts they are on, the sockets they are in, and how to leave them."""
 
-    def __init__(self) -> None:
-        self.sockets: list[Socket] = []
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.sockets = dict(parts), list[Socket]()
 
     def remove(self) -> None:
         """Take it off; calling it again does nothing."""
@@ -51,7 +54,9 @@ class _Owner:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy all but the places: the copied sockets enter themselves, and only those of the modules being copied."""
         copy = memo[id(self)] = object.__new__(type(self))
-        copy.__dict__.update({k: [] if k == "sockets" else deepcopy(v, memo) for k, v in self.__dict__.items()})
+        copy.sockets, copy.parts = [], {part: memo[id(root)] for part, root in self.parts.items() if id(root) in memo}
+        own = {k: v for k, v in self.__dict__.items() if k not in copy.__dict__}
+        copy.__dict__.update({k: deepcopy(v, memo) for k, v in own.items()})
         return copy
 
 
@@ -59,14 +64,17 @@ class Attachment(_Owner):
     """One delta, live on the parts of a base model. A context manager; `remove` (idempotent) takes it off.
 
     `strength` scales every patch; `strengths` (part or site name -> factor) multiplies it for some. Both may be changed
-    at any time and take effect at the next forward. At strength 0 the output is that of the base, bit for bit.
+    at any time and take effect at the next forward. At strength 0 the output is that of the base, bit for bit. `rows` are
+    those of each call's batch that the delta acts on, None for all: what comes of the others is as if it were not there.
     """
 
     def __init__(self, parts: Parts, delta: Delta, strength: float = 1.0) -> None:
         """Attach; all sites are checked before the first is touched. Raises `DeltaError` when any does not fit."""
-        super().__init__()
+        super().__init__({part: parts[part] for part in delta.parts if part in parts})
         self.delta, self.strength, self.strengths = delta, strength, cast(dict[str, float], {})
         self.clocks: list[RemovableHandle] = []
+        self.selection: Selection | None = None
+        self._counters: list[RemovableHandle] = []
         places = [(locate(parts, patch.site), patch) for patch in delta]
         try:
             for layer, patch in places:
@@ -88,8 +96,24 @@ class Attachment(_Owner):
     def remove(self) -> None:
         """Take it off; calling it again does nothing."""
         super().remove()
+        self.rows = None
         while self.clocks:
             self.clocks.pop().remove()
+
+    @property
+    def rows(self) -> Rows | None:
+        """The rows of each call's batch that the delta acts on; None: all."""
+        return None if self.selection is None else self.selection.rows
+
+    @rows.setter
+    def rows(self, rows: Rows | None) -> None:
+        selection = None if rows is None else Selection(rows)
+        while self._counters:
+            self._counters.pop().remove()
+        if selection is not None:
+            for part, root in self.parts.items():
+                self._counters.append(root.register_forward_pre_hook(partial(selection.note, part), with_kwargs=True))
+        self.selection = selection
 
     def _tell_time(self, part: str, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell timed patches of a part the timestep, an argument of that name of every denoiser (a forward pre-hook).
@@ -97,14 +121,17 @@ class Attachment(_Owner):
         Text encoders have none, and their patches are not told.
         """
         given = signature(root.forward).bind_partial(*args, **kwargs).arguments.get("timestep")
-        for patch in self.delta if given is not None else ():
+        if given is None:
+            return
+        now = torch.as_tensor(given) if self.selection is None else self.selection.of(torch.as_tensor(given))
+        for patch in self.delta:
             if patch.timed and patch.site.part == part:
-                patch.at(torch.as_tensor(given))
+                patch.at(now)
 
     def _deal(self, part: str, shares: Shares, *_: object) -> None:
         """Let the patches of a part that act derive together what follows from their parameters (a forward pre-hook)."""
         mine = (
-            (patch, socket.joined_base(patch) if patch.makes_changes else None)
+            (patch, socket.joined_base(patch) if patch.makes_changes and self.selection is None else None)
             for socket in self._sockets_of(part)
             for patch, owner in socket.live
             if owner is self and isinstance(patch, Deriving) and self.strength_of(patch.site) != 0.0
@@ -148,28 +175,53 @@ class Fusion(_Owner):
     order. A context manager; `remove` restores bit for bit.
     """
 
-    def __init__(self, parts: Parts, deltas: Iterable[tuple[Delta, float]]) -> None:
+    def __init__(self, parts: Parts, deltas: Iterable[tuple[Delta, Strength]]) -> None:
         """Fuse; all sites are checked before the first is touched. Raises `DeltaError` for weights that cannot be changed."""
-        super().__init__()
-        entries = [(patch, strength) for delta, strength in deltas if strength != 0.0 for patch in delta]
-        for patch, _ in entries:
-            if patch.timed:
-                raise DeltaError(f"{patch.site}: {patch.kind} changes with the timestep", fix="attach live instead of fusing")
-        places = [(locate(parts, patch.site), patch, strength) for patch, strength in entries]
-        tied = _tied(parts)
-        for layer, patch, _ in places:
-            _check_fusible(cast(Tensor, getattr(layer, patch.site.tensor)), patch.site, tied)
+        super().__init__(parts)
         try:
-            for layer, patch, strength in places:
-                socket = Socket.on(layer)
-                if socket not in self.sockets:
-                    self.sockets.append(socket)
-                socket.fused.append((patch, strength, self))
-            for socket in self.sockets:
-                socket.settle()
+            self.become(deltas)
         except BaseException:
             self.remove()
             raise
+
+    def become(self, deltas: Iterable[tuple[Delta, Strength]]) -> int:
+        """Fuse these instead, and return how many modules were touched: only those on which something changes.
+
+        The weights are then those of a fusion made afresh, bit for bit. Checks and raises as when it is made.
+        """
+        plan: dict[nn.Module, list[tuple[Patch, float]]] = {socket.layer: [] for socket in self.sockets}
+        for layer, patch, strength in _fusible(self.parts, deltas):
+            plan.setdefault(layer, []).append((patch, strength))
+        mine, touched = set(self.sockets), 0
+        for layer, changes in plan.items():
+            socket = Socket.on(layer)
+            if changes and socket not in mine:
+                self.sockets.append(socket)
+            touched += socket.fuse(self, changes)
+            if not changes:
+                socket.leave(self)
+        self.sockets = [socket for socket in self.sockets if plan[socket.layer]]
+        return touched
+
+
+def check_fusible(parts: Parts, delta: Delta) -> None:
+    """Raise `DeltaError` for a delta that does not fit or cannot be fused: timed, or on weights that cannot be changed."""
+    for _ in _fusible(parts, [(delta, 1.0)]):
+        pass
+
+
+def _fusible(parts: Parts, deltas: Iterable[tuple[Delta, Strength]]) -> list[tuple[nn.Module, Patch, float]]:
+    """Return every patch with its module and its strength there, but those at 0; all of them are checked."""
+    entries: list[tuple[Patch, float]] = []
+    for delta, strength in deltas:
+        entries += [(p, strength[p.site.name] if isinstance(strength, Mapping) else strength) for p in delta]
+    places = [(locate(parts, patch.site), patch, strength) for patch, strength in entries if strength != 0.0]
+    tied = _tied(parts) if places else set[int]()
+    for layer, patch, _ in places:
+        if patch.timed:
+            raise DeltaError(f"{patch.site}: {patch.kind} changes with the timestep", fix="attach live instead of fusing")
+        _check_weight(cast(Tensor, getattr(layer, patch.site.tensor)), patch.site, tied)
+    return places
 
 
 def _tied(parts: Parts) -> set[int]:
@@ -182,7 +234,7 @@ def _tied(parts: Parts) -> set[int]:
     return tied
 
 
-def _check_fusible(tensor: Tensor, site: Site, tied: set[int]) -> None:
+def _check_weight(tensor: Tensor, site: Site, tied: set[int]) -> None:
     if id(tensor) in tied:
         raise DeltaError(f"{site}: this tensor is shared with another layer", fix="attach live instead of fusing")
     if tensor.is_meta:

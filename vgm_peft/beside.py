@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vgm_peft.drawing import Span, guided, moment
 from vgm_peft.errors import ConfigError, DataError
 from vgm_peft.family import Base
 from vgm_peft.side import Features, Heard, Side
 
-Span = tuple[float, float]
-"""From which share of the steps to which; a step counts that lies wholly within, as in diffusers."""
 WHOLE: Span = (0.0, 1.0)
+"""All of the steps; of a part of them, a step counts that lies wholly within, as in diffusers."""
 
 
 class Beside:
@@ -35,7 +35,7 @@ class Beside:
         if not 0.0 <= span[0] < span[1] <= 1.0:
             raise ConfigError(f"steps {span[0]:g} .. {span[1]:g} of a {side.name}", expected="a part of 0 .. 1, as in 0-0.5")
         if guess and not side.guesses:
-            raise ConfigError(f"guess mode of a {side.name}", expected="a side network that has it: controlnet, control-lora")
+            raise ConfigError(f"guess mode of a {side.name}", expected="a side network that has it, such as controlnet")
         self.base, self.side, self.network = base, side, network
         self.strength, self.span, self.guess = strength, span, guess
         self.mask: Tensor | None = None
@@ -67,32 +67,23 @@ class Beside:
         features = self._features
         if features is None or self.strength == 0.0 or not self._is_time(t):
             return None
-        guided, half = self._guided(), False
-        if self.guess and guided:
+        halves, half = guided(self.base), False
+        if self.guess and halves:
             told, half = _spread(features, rows // 2), True
-        elif guided and rows != len(features[0]):
+        elif halves and rows != len(features[0]):
             if self._silent is None:
                 self._silent = self.side.silence(self.base, self.network, features)
-            halves = (_spread(self._silent, rows // 2), _spread(features, rows // 2))
-            told = tuple(torch.cat(pair) for pair in zip(*halves, strict=True))
+            both = (_spread(self._silent, rows // 2), _spread(features, rows // 2))
+            told = tuple(torch.cat(pair) for pair in zip(*both, strict=True))
         else:
             told = _spread(features, rows)
         return Heard(told, self.strength, half, self.mask, self.layers)
 
-    def _guided(self) -> bool:
-        return bool(getattr(self.base.pipe, "do_classifier_free_guidance", False))
-
     def _is_time(self, t: "Tensor | float | int | None") -> bool:
-        """Whether a step lies wholly within the span; outside of a pipeline's own steps, by the noise alone."""
+        """Whether a step lies wholly within the span."""
         if self.span == WHOLE or t is None:
             return True
-        steps = torch.as_tensor(self.base.pipe.scheduler.timesteps, dtype=torch.float64).flatten().cpu()
-        now = float(torch.as_tensor(t).flatten()[0])
-        found = (steps == now).nonzero()
-        if len(found):
-            begin, end = int(found[0]) / len(steps), (int(found[0]) + 1) / len(steps)
-        else:
-            begin = end = 1.0 - (now + 1.0) / self.base.process.steps
+        begin, end = moment(self.base, t)
         return self.span[0] <= begin and end <= self.span[1]
 
     def remove(self) -> None:

@@ -215,8 +215,11 @@ class Base:
     own_guidance: float | None = None
     """Classifier-free guidance that its folder asks for, if it says."""
     process: Process = field(init=False)
+    drawer: "DiffusionPipeline" = field(init=False, repr=False)
+    """The pipeline that draws now: `pipe`, or another made of its components (see `drawing.drawn_by`)."""
 
     def __post_init__(self) -> None:
+        self.drawer = self.pipe
         self.process = Process.of(self.pipe.scheduler.config)
 
     @cached_property

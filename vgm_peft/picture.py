@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, cast
 
 from vgm_peft import __version__
 from vgm_peft.errors import ConfigError, DataError, SaveError
-from vgm_peft.stack.recipe import SCHEDULERS, DeltaUse, Stack
+from vgm_peft.stack.files import FileKind
+from vgm_peft.stack.recipe import SCHEDULERS, Stack
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -74,33 +75,34 @@ def read_stack(path: Path) -> Stack:
     if not isinstance(table, dict):
         raise ConfigError(f"{path.name}: its metadata holds no stack")
     stack = Stack.of_table(cast("dict[str, object]", table), f"{path.name}: ")
-    for name in (*(d.file for d in stack.deltas), *(n for c in stack.controls for n in (c.network, c.image, c.mask) if n)):
-        _plain(name, path.name)
-    return stack
+    return stack.renamed(lambda kind, name, digest: (_plain(name, path.name), digest))
 
 
-def _plain(name: str, where: str) -> None:
+def _plain(name: str, where: str) -> str:
     parts = name.split("/")
     if len(parts) > 2 or any(
         p in ("", ".", "..") or p.startswith("~") or set(p) & set('\\:*?"<>|') or not p.isprintable() for p in parts
     ):
         raise ConfigError(f"{where} names the file {name[:80]!r}", expected="a plain file name without a path")
+    return name
 
 
 def portable(stack: Stack) -> Stack:
     """Return the stack with plain names for paths; files of the same name are told apart by their digest."""
-    deltas: list[DeltaUse] = []
-    for use in stack.deltas:
-        name = _short(use.file)
-        if any(d.file == name for d in deltas):
-            name = f"{Path(name).stem}-{use.digest[:8] or len(deltas)}{Path(name).suffix}"
-        deltas.append(replace(use, file=name))
-    controls = [
-        replace(c, network=_last(c.network), image=_last(c.image), mask=_last(c.mask) if c.mask else "") for c in stack.controls
-    ]
+    names: dict[str, str] = {}
+
+    def shorten(kind: FileKind, name: str, digest: str) -> tuple[str, str]:
+        if kind != "delta":
+            return _last(name), digest
+        if name not in names:  # one that stands in the stack twice keeps one name
+            short = _short(name)
+            taken = short in names.values()
+            names[name] = f"{Path(short).stem}-{digest[:8] or len(names)}{Path(short).suffix}" if taken else short
+        return names[name], digest
+
     local = Path(stack.base).is_absolute() or stack.path(stack.base).exists()
     base = _last(stack.base) if local else stack.base
-    return replace(stack, base=base, deltas=tuple(deltas), controls=tuple(controls))
+    return replace(stack.renamed(shorten), base=base)
 
 
 def _last(name: str) -> str:

@@ -54,7 +54,9 @@ class Heard:
     def placed(self, added: Tensor, strength: float | None = None) -> Tensor:
         """Return what is added at places (B, C, h, w) at its strength (or another), there where it is to be heard; for the
         half that does not hear it, zeros."""
-        added = added * (self.strength if strength is None else strength)
+        strength = self.strength if strength is None else strength
+        if strength != 1.0:  # as in training, where each residual would be multiplied for nothing, forward and backward
+            added = added * strength
         if self.mask is not None:
             added = added * interpolate(self.mask.to(added), added.shape[-2:], mode="bilinear", antialias=True)
         return torch.cat([torch.zeros_like(added), added]) if self.half else added
@@ -110,6 +112,8 @@ class Side(ABC):
     """It is taught by a second picture beside each; if not, by the picture itself."""
     zero: ClassVar[bool] = True
     """A fresh network changes nothing."""
+    fresh: ClassVar[tuple[str, ...]] = ("*",)
+    """Which parameters of a fresh network hold nothing yet that could be changed, by patterns; the rest is the base's."""
     guesses: ClassVar[bool] = False
     """It can be heard by the half with the prompt alone, with shares of its own for each layer."""
 
@@ -118,6 +122,14 @@ class Side(ABC):
         if choice:
             raise ConfigError(f'layers "{choice}" of a {self.name}', expected="no choice: all of them hear it alike")
         return None
+
+    def conditions(self, made: object) -> int:
+        """Return how many control pictures a network reads together, or one that is made with these options."""
+        return 1
+
+    def thinned(self, network: nn.Module, pictures: Tensor, generator: torch.Generator) -> Tensor:
+        """Return what a network is shown of control pictures (B, 3 n, P, Q) while it learns; all of them, by default."""
+        return pictures
 
     @abstractmethod
     def create(self, base: Base, options: object, seed: int = 0) -> nn.Module:
@@ -137,7 +149,8 @@ class Side(ABC):
 
     @abstractmethod
     def read(self, base: Base, network: nn.Module, pictures: Tensor) -> Features:
-        """Take from pictures (B, 3, P, Q) in 0 .. 1 all that does not depend on the noise; gradients flow."""
+        """Take from pictures (B, 3 n, P, Q) in 0 .. 1, n `conditions` each, all that does not depend on the noise; gradients
+        flow."""
 
     def silence(self, base: Base, network: nn.Module, features: Features) -> Features:
         """Return what the half without the prompt hears instead; by default the same."""

@@ -2,8 +2,6 @@
 fused. A socket exists only while something is attached; `attachment` makes and empties them.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vgm_peft.delta import Call, Patch
+from vgm_peft.fusing import changed, exact
+from vgm_peft.rows import Turn, add_to_rows
 from vgm_peft.site import Site
 from vgm_peft.sums import Term, Vector
 
@@ -44,10 +44,10 @@ class Socket:
         self.done: frozenset[Patch] = frozenset()
         """In a forward: the patches that acted before the layer ran, and its own input `x` where that was changed."""
         self.x: Tensor | None = None
-        self.active: list[tuple[Patch, float]] | None = None
+        self.active: list[Turn] | None = None
         """In a forward: the patches that act in it, from when the first hook has drawn them."""
-        self.sums_alone = False
-        """Whether what is live are vectors, each on a tensor of its own, that join it."""
+        self.has_vectors = False
+        """Whether any of what is live may be a vector that joins its tensor together with those of other layers."""
         self.placed: dict[str, Tensor] = {}
         """In a forward of the part: sums that stand in the parameters' places until `lift`, with all patches in them."""
         layer.__dict__[_SOCKET] = self
@@ -62,7 +62,8 @@ class Socket:
 
         Not on both in one forward, nor on the input of a layer with changed weights: the product of two changes would
         come on top of their sum. Then they wait for their turn at the output. Patches that may join the weight do so only
-        all together, because who stays at the output may need the untouched layer's own product there.
+        all together, because who stays at the output may need the untouched layer's own product there. Those that act on some
+        rows alone act on the output of these, after all others.
         """
         if self.placed:
             if next(iter(self.placed.values())).requires_grad or not torch.is_grad_enabled():
@@ -70,53 +71,58 @@ class Socket:
             self.lift()
         x = _input(args, kwargs)
         self._follow(x.device)
-        self.active = active = self._drawn()
-        if all(self._weighs(patch) for patch, _ in active):
+        self.active = self._drawn()
+        active = [turn for turn in self.active if turn.selection is None]
+        if all(self._weighs(turn.patch) for turn in active):
             return self._join(active)
-        weighing = [entry for entry in active if entry[0].acts == "weight" and self._wide(entry[0].site)]
-        feeding = [entry for entry in active if entry[0].acts == "input"]
+        weighing = [turn for turn in active if turn.patch.acts == "weight" and self._wide(turn.patch.site)]
+        feeding = [turn for turn in active if turn.patch.acts == "input"]
         if weighing and not feeding:
             return self._join(weighing)
         if feeding and not weighing and not self.originals:
-            self.done, self.x, fed = frozenset(patch for patch, _ in feeding), x, x
-            for patch, strength in feeding:
+            self.done, self.x, fed = frozenset(turn.patch for turn in feeding), x, x
+            for patch, strength, _ in feeding:
                 fed = patch.add_feed(fed, x, self.base(patch), strength)
             return ((fed, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): fed})
         return None
 
-    def _drawn(self) -> list[tuple[Patch, float]]:
+    def _drawn(self) -> list[Turn]:
         """Return the patches of this forward with their strengths, drawn once: training may leave some out (strength 0)."""
-        entries = ((patch, owner.strength_of(patch.site)) for patch, owner in self.live)
-        return [(patch, strength * patch.presence()) for patch, strength in entries if strength != 0.0]
+        entries = ((patch, owner, owner.strength_of(patch.site)) for patch, owner in self.live)
+        return [Turn(patch, s * patch.presence(), owner.selection) for patch, owner, s in entries if s != 0.0]
 
-    def _join(self, weighing: list[tuple[Patch, float]]) -> None:
+    def _acting(self) -> "list[tuple[Patch, Attachment]]":
+        """Return the patches that act on all rows at the strengths of now: the others might as well not be there."""
+        return [(p, owner) for p, owner in self.live if owner.selection is None and owner.strength_of(p.site) != 0.0]
+
+    def _join(self, weighing: list[Turn]) -> None:
         """Shadow the layer's parameters by their sums with dense changes, until the forward is over."""
         shadows: dict[str, Tensor] = {}
-        for patch, strength in weighing:
+        for patch, strength, _ in weighing:
             name = patch.site.tensor
             tensor = shadows[name] if name in shadows else cast(Tensor, getattr(self.layer, name))
             shadows[name] = patch.add_change(tensor, self.base(patch), strength)
-        self.done = frozenset(patch for patch, _ in weighing)
+        self.done = frozenset(turn.patch for turn in weighing)
         self.layer.__dict__.update(shadows)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None) -> Any:
         """Add every live patch that has not acted yet to the layer's output (the forward hook); None after a failure."""
-        if self.placed:
-            return None
         x, fed = (_input(args, kwargs), False) if self.x is None else (self.x, True)
-        active, done = self._exit()
+        placed = bool(self.placed)
+        active, done = (self._drawn(), frozenset[Patch]()) if placed else self._exit()
         if output is None:
             return None
         self._follow(x.device)
-        plain = output if not done and not self.originals else None
-        for patch, strength in active:
+        plain = None if done or placed or self.originals else output
+        for patch, strength, _ in () if placed else (turn for turn in active if turn.selection is None):
             if patch not in done:
                 output = patch.add_to(output, Call(x, layer, self.base(patch), plain), strength)
             elif fed:
                 output = patch.add_rest(output, Call(x, layer, self.base(patch)), strength)
-        return output
+        turns = [turn for turn in active if turn.selection is not None]
+        return add_to_rows(turns, output, Call(x, layer, x, plain), self.base) if turns else output
 
-    def _exit(self) -> tuple[list[tuple[Patch, float]], frozenset[Patch]]:
+    def _exit(self) -> tuple[list[Turn], frozenset[Patch]]:
         """Forget the forward that is over; return the patches that act in it, and those of them that have acted by now."""
         active, done = self._drawn() if self.active is None else self.active, self.done
         if self.x is None:
@@ -130,18 +136,15 @@ class Socket:
 
         None too for what may be elsewhere by then (offloaded, or never called yet), and for a base that is trained.
         """
-        found: list[Term] = []
-        for patch, other in self.live if self.sums_alone else ():
-            site = patch.site
-            tensor, vector = cast(Tensor, getattr(self.layer, site.tensor)), cast(Vector, patch).summand()
-            strength = owner.strength_of(site)
-            if tensor.dtype not in WIDE or tensor.dtype != vector.dtype:
+        acting = self._acting() if self.has_vectors else []
+        names = {p.site.tensor for p, other in acting if isinstance(p, Vector) and p.vector and other is owner}
+        if len(names) != len(acting) or not self._bias_is_free():
+            return []
+        sums = [(cast(Vector, p).summand(), cast(Tensor, getattr(self.layer, p.site.tensor)), p.site) for p, _ in acting]
+        for vector, tensor, _ in sums:
+            if tensor.dtype not in WIDE or tensor.dtype != vector.dtype or tensor.device != self.device or tensor.requires_grad:
                 return []
-            if other is not owner or tensor.device != self.device or tensor.requires_grad:
-                return []
-            if strength != 0.0:
-                found.append(Term(site.tensor, tensor, vector, strength))
-        return found
+        return [Term(site.tensor, tensor, vector, owner.strength_of(site)) for vector, tensor, site in sums]
 
     def place(self, sums: dict[str, Tensor]) -> None:
         """Let sums stand in the places of the layer's parameters until `lift`: its hooks have nothing to do meanwhile."""
@@ -161,7 +164,7 @@ class Socket:
         """
         if cast(Tensor, getattr(self.layer, patch.site.tensor)).device != self.device:
             return None
-        return self.base(patch) if patch.joins and all(self._weighs(other) for other, _ in self.live) else None
+        return self.base(patch) if patch.joins and all(self._weighs(other) for other, _ in self._acting()) else None
 
     def _weighs(self, patch: Patch) -> bool:
         """Whether dW of a patch joins its tensor in this forward, provided that those of all others on the layer do."""
@@ -184,8 +187,13 @@ class Socket:
     def base(self, patch: Patch) -> Tensor:
         """Return the untouched tensor at a patch's site; a constant to those that compute with it."""
         name = patch.site.tensor
-        tensor = self.originals[name] if name in self.originals else cast(Tensor, getattr(self.layer, name))
+        tensor = self.originals[name] if name in self.originals else self._own(name)
         return tensor if patch.base_free else tensor.detach().to(self.device)
+
+    def _own(self, name: str) -> Tensor:
+        """Return a tensor of the layer, whatever stands in its place for a forward."""
+        parameter = self.layer._parameters.get(name)  # pyright: ignore[reportPrivateUsage]
+        return cast(Tensor, getattr(self.layer, name)) if parameter is None else parameter
 
     def _follow(self, device: torch.device) -> None:
         """Move the patches to where the layer's input is, when that has changed."""
@@ -204,8 +212,7 @@ class Socket:
         """Hook into the layer's forward: after it for any live patch, before it only for those that need it."""
         for hook in self.hooks:
             hook.remove()
-        tensors = {patch.site.tensor for patch, _ in self.live if isinstance(patch, Vector) and patch.vector}
-        self.sums_alone = len(tensors) == len(self.live) > 0 and self._bias_is_free()
+        self.has_vectors = any(isinstance(patch, Vector) and patch.vector for patch, _ in self.live)
         early = any(patch.acts != "output" or patch.joins for patch, _ in self.live)
         self.hooks = []
         if early:
@@ -214,6 +221,16 @@ class Socket:
             hook = self.layer.register_forward_hook(cast(Any, self), with_kwargs=True, always_call=early)
             self.hooks.append(hook)
 
+    def fuse(self, owner: "Fusion", changes: list[tuple[Patch, float]]) -> bool:
+        """Have these be what an owner has fused here, in this order, and say whether that is anything new."""
+        if [(patch, strength) for patch, strength, other in self.fused if other is owner] == changes:
+            return False
+        place = next((i for i, entry in enumerate(self.fused) if entry[2] is owner), len(self.fused))
+        others = [entry for entry in self.fused if entry[2] is not owner]
+        self.fused = [*others[:place], *((patch, strength, owner) for patch, strength in changes), *others[place:]]
+        self.settle()
+        return True
+
     def settle(self) -> None:
         """Make every fused tensor its original plus the sum of its changes; with no change left, the original bit for bit."""
         changes: dict[str, list[tuple[Patch, float]]] = {}
@@ -221,12 +238,12 @@ class Socket:
             changes.setdefault(patch.site.tensor, []).append((patch, strength))
         for name in sorted(self.originals.keys() | changes.keys()):
             tensor = cast(Tensor, getattr(self.layer, name))
-            with _exact(tensor):
+            with exact(tensor):
                 original = self.originals.get(name)
                 if original is None:
                     original = self.originals[name] = tensor.detach().clone()
                 if name in changes:
-                    tensor.copy_(_changed(original, changes[name]))
+                    tensor.copy_(changed(original, changes[name]))
                 else:
                     tensor.copy_(original)
                     del self.originals[name]
@@ -235,9 +252,7 @@ class Socket:
         """Take off everything of one owner; an empty socket leaves the layer as if it had never been there."""
         self.lift()
         self.live = [entry for entry in self.live if entry[1] is not owner]
-        if any(entry[2] is owner for entry in self.fused):
-            self.fused = [entry for entry in self.fused if entry[2] is not owner]
-            self.settle()
+        self.fuse(cast("Fusion", owner), [])
         self._rehook()
         if not self.live and not self.fused and not self.originals:
             self.layer.__dict__.pop(_SOCKET, None)
@@ -264,19 +279,7 @@ def socket_of(layer: nn.Module) -> Socket | None:
     return cast("Socket | None", layer.__dict__.get(_SOCKET))
 
 
-@contextmanager
-def _exact(tensor: Tensor) -> Generator[None]:
-    """Change a weight in place whatever the caller is in the middle of: no graph, no autocast, no inference tensors made."""
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
-        yield
-
-
-def _changed(original: Tensor, changes: list[tuple[Patch, float]]) -> Tensor:
-    """Return the original plus strength * dW of every patch, computed on its device in float32 or wider."""
-    dtype = torch.promote_types(original.dtype, torch.float32)
-    wide = original.to(dtype)
-    total = wide.clone()
-    for patch, strength in changes:
-        # A copy, so that fusing neither moves nor rounds the caller's delta.
-        total.add_(deepcopy(patch).to(original.device, dtype).change(wide), alpha=strength)
-    return total
+def untouched(layer: nn.Module, name: str) -> Tensor:
+    """Return a tensor of a layer as it is without what is fused into it: what a file that refers to the base means."""
+    socket = socket_of(layer)
+    return cast(Tensor, getattr(layer, name)) if socket is None or name not in socket.originals else socket.originals[name]

@@ -178,5 +178,9 @@ def test_the_command_writes_one_control_picture(tmp_path: Path, capsys: pytest.C
     with Image.open(tmp_path / "out" / "b.png") as drawn:
         assert np.array_equal(np.array(drawn), plain.canny(scene()))
     assert "canny of 128 x 96 pixels" in capsys.readouterr().out
+    assert main(["grey,canny", str(tmp_path / "a.png"), str(tmp_path / "row.png")]) == 0
+    with Image.open(tmp_path / "row.png") as drawn:
+        assert np.array_equal(np.array(drawn), np.hstack([plain.grey(scene()), plain.canny(scene())]))
+    capsys.readouterr()
     assert main(["canny", str(tmp_path / "none.png"), str(tmp_path / "b.png")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -40,6 +40,7 @@ def file(base: Base, tmp_path: Path) -> Path:
     delta = made(base, "lora", rank=2, alpha=1.0)
     delta.words["<duck>"] = Word("<duck>", {"text_encoder": torch.ones(3, 32)})
     delta.metadata["modelspec.title"] = "a \x1b[31mred\n duck"
+    delta.metadata["ss_tag_frequency"] = '{"pictures": {"a duck": 1}}'  # every trained delta has it
     return formats.write(delta, tmp_path / "me.safetensors")
 
 

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from vgm_peft.cli import Parser, main
-from vgm_peft.cli.generate import Places, add_flags, described, parse_control, parse_delta
+from vgm_peft.cli.generate import Places, add_flags, described, parse_control, parse_numbered
 from vgm_peft.errors import ConfigError
-from vgm_peft.stack.recipe import ControlUse, Stack, parse_size
+from vgm_peft.stack.recipe import Stack, parse_size
+from vgm_peft.stack.uses import ControlUse
 
 
 def flags(*argv: str) -> argparse.Namespace:
@@ -24,17 +25,17 @@ def flags(*argv: str) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("text", "file", "strength"),
     [
-        ("me.safetensors", "me.safetensors", 1.0),
+        ("me.safetensors", "me.safetensors", None),
         ("me.safetensors:0.8", "me.safetensors", 0.8),
         ("me.safetensors:-1", "me.safetensors", -1.0),
-        ("C:\\loras\\me.safetensors", "C:\\loras\\me.safetensors", 1.0),
+        ("C:\\loras\\me.safetensors", "C:\\loras\\me.safetensors", None),
         ("C:\\loras\\me.safetensors:0.5", "C:\\loras\\me.safetensors", 0.5),
         ("C:/loras/me.safetensors:0.5", "C:/loras/me.safetensors", 0.5),
-        ("odd:name.safetensors", "odd:name.safetensors", 1.0),
+        ("odd:name.safetensors", "odd:name.safetensors", None),
     ],
 )
-def test_deltas_parse_on_every_system(text: str, file: str, strength: float) -> None:
-    assert parse_delta(text) == (file, strength)
+def test_files_with_numbers_parse_on_every_system(text: str, file: str, strength: float | None) -> None:
+    assert parse_numbered(text, "--delta", "strength") == (file, strength)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_what_does_not_parse_is_named(tmp_path: Path) -> None:
     assert (parse_size("512"), parse_size("768x512")) == ((512, 512), (768, 512))
     (tmp_path / "me").touch()
     with pytest.raises(ConfigError, match='the strength "x"'):
-        parse_delta(f"{tmp_path / 'me'}:x")
+        parse_numbered(f"{tmp_path / 'me'}:x", "--delta", "strength")
 
 
 def test_flags_change_a_stack_file_and_add_to_it(tmp_path: Path) -> None:
@@ -77,6 +78,9 @@ def test_flags_change_a_stack_file_and_add_to_it(tmp_path: Path) -> None:
         (str(Path("b.safetensors").absolute()), 0.3),
     ]
     assert stack.path("a.safetensors") == tmp_path / "a.safetensors"
+    begun = described(flags("--stack", str(file), "--image", "c.png:0.4", "--paint", "m.png"))
+    assert (begun.image, begun.change) == (str(Path("c.png").absolute()), 0.4) and begun.paint == str(Path("m.png").absolute())
+    assert described(flags("--image", "c.png")) == Stack(image="c.png")
     assert described(flags("--prompt", "x")) == Stack(prompt="x")
 
 

@@ -26,7 +26,7 @@ from vgm_peft.sides.image_encoder import Eye, Need, find_eye
 from vgm_peft.sides.image_tokens import ImageProjection, Resampler
 from vgm_peft.sides.ip_adapter import Adapter, IPAdapter, IPAdapterOptions, cross_attentions
 from vgm_peft.stack import Stack
-from vgm_peft.stack.recipe import ControlUse
+from vgm_peft.stack.uses import ControlUse
 
 SIDE = IPAdapter()
 CHOSEN: dict[str, tuple[str, dict[str, Any]]] = {

@@ -205,7 +205,7 @@ CASES: dict[str, Bad] = {
     "control cut in half": Bad(half_a_control, "control/1.png cannot be read as a picture"),
     "control with transparent parts": Bad(lined_on_nothing, "control/0.png has transparent parts", "transparent"),
     "packed": Bad(
-        write("shard-000.tar", "x"), "shard-000.tar is an archive that is not read; unpack it here: tar -xf", "stray"
+        write("shard-000.tar.gz", "x"), "shard-000.tar.gz is an archive that is not read; if it is a shard, unpack it", "stray"
     ),
     "parquet": Bad(write("train.parquet", "x"), "train.parquet is an archive that is not read", "stray"),
     "bad row": Bad(rows({"file_name": "0.png", "caption": "x"}), 'rename the key "caption" to "text"'),

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.formats.ground import difference
+from tests.stack_makers import make_delta
 from vgm_peft import formats
+from vgm_peft.attachment import Fusion
 from vgm_peft.errors import DeltaError
 from vgm_peft.family import Base
 
@@ -100,6 +102,16 @@ def test_a_folder_of_peft_means_what_peft_merges(shared: Make, case: str, tmp_pa
         else:
             assert patch is None or not bool(patch.change(before).any()), name
     assert len(changed) >= 3
+
+
+def test_what_refers_to_the_base_means_the_base_alone_whatever_is_fused_into_it(shared: Make, tmp_path: Path) -> None:
+    base = shared("sd15")
+    trained(CASES["LoRA and a whole layer"](), piece(base), tmp_path)
+    plain = formats.read(tmp_path, base).patches["unet.conv_in.weight"]
+    other = make_delta(base, "diff", preset="all")
+    with Fusion(base.parts, [(other, 1.0)]):
+        fused = formats.read(tmp_path, base).patches["unet.conv_in.weight"]
+    assert torch.equal(dict(plain.named_parameters())["diff"], dict(fused.named_parameters())["diff"])
 
 
 def test_a_text_encoder_is_told_by_its_modules_and_two_of_a_kind_by_the_folder(shared: Make, tmp_path: Path) -> None:

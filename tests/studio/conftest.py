@@ -14,8 +14,11 @@ HOSTILE = "<img src=x onerror=window.__xss=1>"
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Any]) -> Path:
+    import torch
+
     import vgm_peft
     from tests.stack_makers import make_delta
+    from vgm_peft.sides import side_named
 
     home = tmp_path_factory.mktemp("studio")
     base = tiny("sd15")
@@ -23,6 +26,12 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Any]) -
     for number, name in enumerate(("robot", "style", HOSTILE)):
         (home / "runs" / name).mkdir(parents=True)
         vgm_peft.write(make_delta(base, "lora", number), home / "runs" / name / "delta.safetensors", "native", base)
+    side = side_named("controlnet")
+    network = side.create(base, side.Options())
+    with torch.no_grad():
+        for number, parameter in enumerate(network.parameters()):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    side.save(network, home / "runs" / "edges")
     return home
 
 
@@ -45,7 +54,10 @@ def studio(home: Path) -> "Iterator[Studio]":
     )
     studio.launch(block=False)
     yield studio
-    studio.desk.stop()
+    studio.desk.close()
+    for state in studio.desk.states():
+        if not state.ended:
+            studio.desk.stop(state.number)
     studio.page.close()
 
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from vgm_peft.cli import main
 from vgm_peft.errors import ConfigError, DataError, TrainError
-from vgm_peft.studio.jobs import ALLOWED, Job, Wish
 from vgm_peft.studio.settings import Settings, parse_auth
 from vgm_peft.studio.uploads import keep_pictures
+from vgm_peft.studio.wishes import ALLOWED, Wish
 
 if TYPE_CHECKING:
     from vgm_peft.studio.app import Studio
@@ -172,6 +172,8 @@ def test_uploads_are_all_kept_or_none(tmp_path: Path, make: Callable[[Path], Any
         {"steps": 10**9},
         {"allow": ("everything",)},
         {"allow": ("tiny", "--set=x")},
+        {"task": "nothing"},
+        {"task": "controlnet", "annotator": "depth"},
     ],
 )
 def test_wishes_out_of_range_are_refused(wish: dict[str, Any]) -> None:
@@ -179,16 +181,23 @@ def test_wishes_out_of_range_are_refused(wish: dict[str, Any]) -> None:
         Wish(**{"name": "x", "class_prompt": "a toy", "steps": 5, **wish})
 
 
-def test_faults_are_allowed_by_the_same_words(studio: "Studio", address: str, tmp_path: Path) -> None:
+def test_faults_are_allowed_by_the_same_words(studio: "Studio", tmp_path: Path) -> None:
     """The page offers them as the command explains them, and a training is told of them."""
+    from vgm_peft.cli import Parser
+    from vgm_peft.cli.train import add_flags
+    from vgm_peft.config import merge, parse_setting
     from vgm_peft.data import KINDS
+    from vgm_peft.train.config import bind
 
     boxes = [c for c in studio.page.get_config_file()["components"] if c["props"].get("elem_id") == "train-allow"]
     assert [choice for choice, _ in boxes[0]["props"]["choices"]] == [f"{kind}: {KINDS[kind]}" for kind in ALLOWED]
-    started = Job(studio.settings, Wish(name="two alike", class_prompt="a toy", steps=2, allow=("duplicate", "tiny")), tmp_path)
-    assert started.wait(120)
-    assert "there is no picture in it" in started.state().message  # the flags were understood, and the empty folder looked at
-    assert (studio.settings.runs / "two-alike" / "data.md").is_file()
+    wish = Wish(name="two alike", class_prompt='a "toy" = --set', steps=2, token="-x", allow=("duplicate", "tiny"))
+    table = wish.table("toybox", tmp_path, tmp_path / "run")
+    add_flags(parser := Parser())
+    flags = parser.parse_args(wish.flags(table, tmp_path / "some.toml"))
+    assert (flags.task, flags.recipe) == ("dreambooth", str(tmp_path / "some.toml"))
+    assert merge(*map(parse_setting, flags.set)) == table  # whatever the texts hold
+    assert bind(table).data.allow == ("duplicate", "tiny")
 
 
 def test_a_failing_training_says_why_and_a_name_in_use_is_refused(studio: "Studio", tmp_path: Path) -> None:

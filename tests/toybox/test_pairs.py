@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from vgm_peft.data import Source, load_control, plan_crops, scan_all
+from vgm_peft.errors import DataError
 from vgm_peft.toybox import pairs
 from vgm_peft.toybox.__main__ import main
 from vgm_peft.toybox.oracle_data import controls_of
@@ -52,6 +53,21 @@ def test_training_takes_the_folder_as_it_is(tmp_path: Path) -> None:
     assert set(control.unique().tolist()) == {0.0, 1.0}
 
 
+def test_several_kinds_lie_side_by_side_and_are_cut_and_mirrored_apart(tmp_path: Path) -> None:
+    first, *others = (
+        scan_all([Source(folder=write_pairs(tmp_path / kind, kind, 2), require_controls=True, conditions=kind.count(",") + 1)])
+        for kind in ("mask,depth", "mask", "depth")
+    )
+    crop = plan_crops([(64, 64)], 32, 8)[0]
+    for flip in (False, True):
+        found = load_control(first.examples[0], crop, flip, count=2)
+        alone = [load_control(other.examples[0], crop, flip) for other in others]
+        assert found.shape == (6, 32, 32) and torch.equal(found, torch.cat(alone))
+    for conditions, expected in ((1, "the same proportions"), (3, "3 of the same proportions side by side")):
+        with pytest.raises(DataError, match=rf"0001\.png is 128 x 64(.|\n)*{expected}"):
+            scan_all([Source(folder=tmp_path / "mask,depth", require_controls=True, conditions=conditions)])
+
+
 def test_of_scenes_that_look_alike_by_chance_one_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def alike(seed: int, index: int) -> tuple[Scene, str]:
         scene, text = pair_scene(seed, 0 if index == 1 else index)
@@ -70,7 +86,13 @@ def test_no_judgement_draws_a_scene_that_was_learned_from() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments,message", ((["--count", "0"], "at least one"), (["--size", "63"], "multiple of 4")), ids=("none", "size")
+    "arguments,message",
+    (
+        (["--count", "0"], "at least one"),
+        (["--size", "63"], "multiple of 4"),
+        (["--kind", "mask,dept"], 'no control picture "dept"'),
+    ),
+    ids=("none", "size", "kind"),
 )
 def test_what_cannot_be_drawn_is_one_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

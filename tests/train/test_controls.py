@@ -97,6 +97,33 @@ def test_the_same_control_pictures_beside_the_pictures_train_the_same(
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_several_annotators_are_the_conditions_of_one_network(plain_pictures: Path, config: Callable[..., RunConfig]) -> None:
+    """In their order, each cached by itself; a run keeps some of them from the network by chance, always the same way."""
+    data = {"images": str(plain_pictures), "annotator": "grey,tile", "flip": True}
+    asked = config("uni-controlnet", "run", {"data": data, "task": {"conditions": 2}})
+    with ExitStack() as cleanup:
+        setup = Setup(asked, tiny_base("sd15"), Cache(), Accelerator(), cleanup)
+        task = asked.task_class().prepare(setup)
+        pictures, controls = (getattr(task, name) for name in ("pictures", "controls"))
+        for cut in {cut for number in range(8) for cut in pictures.draw(Turn(0, number)).cuts}:
+            grey, tile = (
+                annotated(pictures.examples[cut.example], cut.crop, open_annotator(n), Cache()) for n in ("grey", "tile")
+            )
+            assert torch.equal(controls(cut), torch.cat([grey, tile]).flip(-1) if cut.flip else torch.cat([grey, tile]))
+        drawn = [task.batch(Turn(0, number)).control for number in range(12)]
+        assert all(torch.equal(task.batch(Turn(0, number)).control, found) for number, found in enumerate(drawn))
+    kept = {tuple(rows.flatten(2).any(2).any(0).tolist()) for rows in (torch.cat(drawn)[i][None] for i in range(12))}
+    assert {found[::3] for found in kept} == {(True, True), (True, False), (False, True), (False, False)}
+    for annotator, conditions, wanted in (("grey", 2, "2 of them"), ("grey,tile", 1, "1 of them")):
+        with pytest.raises(ConfigError, match=wanted):
+            wrong = config(
+                "uni-controlnet", "no", {"data": {**data, "annotator": annotator}, "task": {"conditions": conditions}}
+            )
+            wrong.task_class().sources(wrong)
+    with pytest.raises(ConfigError, match='unknown annotator "cany"'):
+        bind({"task": {"name": "uni-controlnet"}, "data": {"images": "me", "annotator": "grey,cany"}})
+
+
 def test_weights_in_a_folder_are_found_from_the_run_s_own(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     for weights, kept in ((str(tmp_path / "weights"), "../weights"), ("some/repository", "some/repository")):

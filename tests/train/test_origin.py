@@ -62,6 +62,7 @@ def _other(name: str, value: Value) -> Value | None:
     }
     alone = {"concept", "data.allow", "data.zoom", "data.keep_tokens", "held_out.pictures", "held_out.stop_when_worse"}
     alone |= {"scores.stop_when_worse", "data.annotator", "data.annotator_weights", "data.control_dropout", "data.both_dropout"}
+    alone |= {"task.start"}
     if name in alone or isinstance(value, (dict, list)) and name not in others:
         return None  # settings that stand only beside others; the test below has some of them
     if name in others:

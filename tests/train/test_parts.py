@@ -235,5 +235,7 @@ def test_shipped_recipes_bind_and_are_found() -> None:
         assert bind(table(config)) == config
     for task in TABLE:
         config = bind({"task": {"name": task}})
-        found = shipped_recipe(task, config.delta or (bind({}).delta if TABLE[task].trains_delta else None), ["toybox"])
+        found = shipped_recipe(
+            task, config.delta or (bind({}).delta if TABLE[task].trains_delta == "always" else None), ["toybox"]
+        )
         assert found is not None, f"no recipe for {task} on the embedded base"

@@ -210,7 +210,9 @@ def test_the_delta_lowers_the_loss_it_was_trained_on(config: Make) -> None:
     assert after < 0.97 * before
 
 
-@pytest.mark.parametrize(("task", "delta"), [("finetune", "lora"), ("controlnet", ""), ("dreambooth", "tlora")])
+@pytest.mark.parametrize(
+    ("task", "delta"), [("finetune", "lora"), ("controlnet", ""), ("controlnet-xs", ""), ("dreambooth", "tlora")]
+)
 def test_checkpointing_activations_changes_nothing_but_memory(task: str, delta: str, config: Make) -> None:
     """Not even where the base is asked as a teacher in between, at other timesteps, and the delta follows these."""
     more: Table = {"steps": 2, **({"delta": {"kind": delta, "rank": 2}} if delta else {})}

@@ -36,6 +36,11 @@ class Annotator:
         return np.ascontiguousarray(drawn)
 
 
+def names_in(text: str) -> list[str]:
+    """Return the annotators named in a text, between commas: what several control pictures in a row are made by."""
+    return [name.strip() for name in text.split(",")]
+
+
 def check_name(name: str) -> None:
     """Raise `ConfigError` for an unknown annotator, with the nearest known name."""
     if name not in NAMES:

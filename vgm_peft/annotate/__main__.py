@@ -11,7 +11,9 @@ from vgm_peft.errors import VgmError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m vgm_peft.annotate", description=(__doc__ or "").split(": ", 1)[1])
-    parser.add_argument("annotator", metavar="NAME", help="canny, softedge, depth ...: all are in docs/data.md")
+    parser.add_argument(
+        "annotator", metavar="NAME", help="canny, softedge, depth ...: all are in docs/data.md; canny,depth: side by side"
+    )
     parser.add_argument("picture", type=Path, metavar="PICTURE", help="a PNG, JPEG, WebP or BMP file")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the PNG to write")
     parser.add_argument("--weights", default="", metavar="PLACE", help="folder or hub id (default: the authors')")
@@ -29,12 +31,13 @@ def _written(name: str, picture: Path, output: Path, weights: str, device: str) 
     import numpy as np
     from PIL import Image
 
-    from vgm_peft.annotate import open_annotator
+    from vgm_peft.annotate import names_in, open_annotator
     from vgm_peft.data.pictures import decode, examine, read_bytes
     from vgm_peft.picture import write_image
 
     found = examine(picture)  # refuses what is no whole picture, or too large, before it is decoded
-    drawn = open_annotator(name, weights, device)(np.array(decode(read_bytes(picture))))
+    pixels = np.array(decode(read_bytes(picture)))
+    drawn = np.hstack([open_annotator(one, weights, device)(pixels) for one in names_in(name)])
     return f"{name} of {found.width} x {found.height} pixels in {write_image(Image.fromarray(drawn), output)}"
 
 

@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from vgm_peft.cli import Parser
     from vgm_peft.train import RunConfig, RunResult
 
-SIDES = ("controlnet", "control-lora", "t2i-adapter", "controlnext", "ip-adapter")
+SIDES = (
+    "controlnet",
+    "control-lora",
+    "controlnet-xs",
+    "uni-controlnet",
+    "t2i-adapter",
+    "controlnext",
+    "ip-adapter",
+    "uni-controlnet-global",
+)
 TASKS = ("dreambooth", "finetune", "textual-inversion", *SIDES)
 
 
@@ -124,8 +133,6 @@ def _farewell(config: "RunConfig", result: "RunResult") -> str:
     lines += [f"previews  {folder / 'samples'}"] if result.samples else []
     lines += [f"record    {folder / 'report.html'}, run.toml, manifest.json, metrics.jsonl"]
     prompt = result.prompts[0] if result.prompts else "..."
-    task = config.task_class()
-    flag = "--delta" if task.trains_delta else "--control" if task.steered else "--image-prompt"
-    use = [flag, str(result.delta) if task.trains_delta else f"{result.delta}:PICTURE.png"]
+    use = [word.replace("{}", str(result.delta)) for word in config.task_class().used_by.split(" ")]
     command = ["vgm-generate", "--base", config.base, *use, "--prompt", prompt, "--output", "picture.png"]
     return "\n".join([*lines, "", "next:", f"  {shlex.join(command)}"])

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
+from itertools import pairwise
 from math import log
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from vgm_peft.data.member import Place
 from vgm_peft.data.pictures import decode, decode_mask, read_bytes, shown
 from vgm_peft.data.report import Example
 from vgm_peft.errors import ConfigError, DataError
@@ -97,14 +98,21 @@ def load_pixels(example: Example, crop: Crop, flip: bool = False) -> Tensor:
 
     Raises `DataError` when the file is not the one that was scanned any more.
     """
-    return _load(example.path, example.digest, crop, flip).div_(127.5).sub_(1.0)
+    image = decode(_unchanged(example.path, example.digest))
+    return _pixels(_cut(image, crop, flip)).div_(127.5).sub_(1.0)
 
 
-def load_control(example: Example, crop: Crop, flip: bool = False) -> Tensor:
-    """Return the control picture cut like its picture, (3, P, Q) float32 in 0 .. 1. Raises `DataError` without one."""
+def load_control(example: Example, crop: Crop, flip: bool = False, count: int = 1) -> Tensor:
+    """Return the control picture cut like its picture, (3 n, P, Q) float32 in 0 .. 1, where `count` = n lie side by side in it.
+
+    Raises `DataError` without one.
+    """
     if example.control is None:
         raise DataError(f"{_name(example)} has no control picture", fix="see control in metadata.jsonl, or a folder control/")
-    return _load(example.control, example.control_digest, crop, flip).div_(255.0)
+    image = decode(_unchanged(example.control, example.control_digest))
+    edges = [round(i * image.width / count) for i in range(count + 1)]
+    parts = [image.crop((left, 0, right, image.height)) for left, right in pairwise(edges)]
+    return torch.cat([_pixels(_cut(part, crop, flip)) for part in parts]).div_(255.0)
 
 
 def load_mask(example: Example, crop: Crop, flip: bool, factor: int) -> Tensor:
@@ -120,12 +128,11 @@ def load_mask(example: Example, crop: Crop, flip: bool, factor: int) -> Tensor:
     return grey.reshape(high // factor, factor, wide // factor, factor).mean((1, 3))[None].mul_(255).round_().div_(255)
 
 
-def _load(path: Path, digest: str, crop: Crop, flip: bool) -> Tensor:
-    image = _cut(decode(_unchanged(path, digest)), crop, flip)
+def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).contiguous()
 
 
-def _unchanged(path: Path, digest: str) -> bytes:
+def _unchanged(path: Place, digest: str) -> bytes:
     raw = read_bytes(path)
     if sha256(raw).hexdigest() != digest:
         raise DataError(f"{shown(path.name)} has changed since the folder was read", fix="start again")

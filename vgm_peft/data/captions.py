@@ -12,9 +12,10 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import cast
 
+from vgm_peft.data.member import Place, size_of
 from vgm_peft.data.pictures import shown
 from vgm_peft.errors import DataError, nearest
 
@@ -42,14 +43,14 @@ class Row:
     repeats: int
 
 
-def read_caption(path: Path) -> str:
+def read_caption(path: Place) -> str:
     """Return the caption in a file, its lines joined by blanks: empty where it holds none.
 
     Raises `DataError` (its text begins with the file's name).
     """
     name = shown(path.name)
     try:
-        if path.stat().st_size > 4 * MAX_CHARACTERS:
+        if size_of(path) > 4 * MAX_CHARACTERS:
             raise DataError(f"{name} is too long", expected=f"a caption of at most {MAX_CHARACTERS} characters")
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,7 +90,7 @@ def clean(text: str, where: str) -> str:
     return caption
 
 
-def read_metadata(path: Path) -> tuple[list[Row], list[DataError], set[str]]:
+def read_metadata(path: Place) -> tuple[list[Row], list[DataError], set[str]]:
     """Read `metadata.jsonl`: its good rows, what is wrong with the others, and the columns that mean nothing to us."""
     rows: list[Row] = []
     faults: list[DataError] = []

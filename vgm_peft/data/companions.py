@@ -1,7 +1,8 @@
 """Pictures that go with pictures: which control picture and which mask belongs to which, by names alone.
 
-A control picture or a mask has the name of its picture in a subfolder of its own, or is `a.control.png` beside `a.png` (what
-webdataset shards unpack to); where the folder has `images/` beside `control/`, the pictures are those of `images/`.
+A control picture or a mask has the name of its picture in a subfolder of its own, or is `a.control.png` beside `a.png` (as in
+webdataset shards; `a.conditioning_image.png` too). Where the folder has `images/` beside `control/`, the pictures are those of
+`images/`.
 """
 
 import unicodedata
@@ -17,7 +18,7 @@ CONTROL, MASKS = "control", "masks"
 FOLDERS: Mapping[str, tuple[str, ...]] = {CONTROL: (CONTROL, "conditioning_images"), MASKS: (MASKS,)}
 """Subfolders that hold control pictures and masks, each named like the picture that it belongs to."""
 INSIDE = tuple(f"{folder}/" for folders in FOLDERS.values() for folder in folders)
-_IMAGES, _BESIDE = "images/", ".control"
+_IMAGES, _BESIDE = "images/", (".control", ".conditioning_image")
 _WHAT = {CONTROL: "control picture", MASKS: "mask"}
 
 
@@ -79,19 +80,24 @@ class Companions:
             if folder is not None:
                 out.setdefault(stem(name.removeprefix(f"{folder}/")), []).append(name)
             elif self.kind == CONTROL and is_beside(name, stems):
-                out.setdefault(_bare(name).removesuffix(_BESIDE), []).append(name)
+                out.setdefault(_owner(name), []).append(name)
         return out
 
 
 def is_beside(name: str, stems: Collection[str]) -> bool:
     """Say whether a picture is `a.control.png` where there is a picture `a` among the bare names."""
-    bare = _bare(name)
-    return bare.endswith(_BESIDE) and bare.removesuffix(_BESIDE) in stems
+    return _owner(name) in stems
 
 
 def bare_names(names: Sequence[str]) -> set[str]:
     """Names without ending, and without `images/`."""
     return {_bare(name) for name in names}
+
+
+def _owner(name: str) -> str:
+    """The bare name of the picture beside which a picture of this name would be a control picture; empty for none."""
+    bare = _bare(name)
+    return next((bare.removesuffix(end) for end in _BESIDE if bare.endswith(end)), "")
 
 
 def _bare(name: str) -> str:

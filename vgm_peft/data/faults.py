@@ -6,7 +6,7 @@ without a kind (two captions that contradict each other, a mask of other proport
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vgm_peft.errors import ConfigError, DataError, nearest
 
@@ -42,6 +42,12 @@ class Faults:
 
     allow: AbstractSet[str] = frozenset()
     found: list[Fault] = field(default_factory=list[Fault])
+    place: str = ""
+    """Where it was found, when that is a part of what is looked at."""
+
+    def within(self, place: str) -> "Faults":
+        """Return what gathers faults of a part, among all the others."""
+        return replace(self, place=place)
 
     def add(self, what: str, fix: str, *, kind: str = "", expected: str = "") -> None:
         """Note that something is wrong: what, what to do, and what would have been right."""
@@ -49,6 +55,8 @@ class Faults:
 
     def take(self, error: DataError, kind: str = "") -> None:
         """Note an error that was raised elsewhere."""
+        if self.place:
+            error = DataError(f"{self.place}: {error.what}", expected=error.expected, fix=error.fix)
         self.found.append(Fault(error, kind))
 
     def settle(self, place: str) -> tuple[str, ...]:

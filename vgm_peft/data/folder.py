@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vgm_peft.data.faults import Faults
+from vgm_peft.data.member import Place
 from vgm_peft.data.pictures import shown
 from vgm_peft.errors import DataError
 
@@ -18,11 +19,13 @@ COMPANIONS = frozenset({"thumbs.db", "desktop.ini", "__macosx", "readme.md", "li
 
 @dataclass
 class Listing:
-    """The entries of a folder: `files` by their path relative to it (forward slashes), in sorted order."""
+    """The entries of a folder or shard: `files` by their path relative to it (forward slashes), in sorted order."""
 
     faults: Faults
-    files: dict[str, Path] = field(default_factory=dict[str, Path])
+    files: dict[str, Place] = field(default_factory=dict[str, Place])
     ignored: dict[str, str] = field(default_factory=dict[str, str])
+    shards: list[str] = field(default_factory=list[str])
+    """Those whose members are listed by themselves, and are not in `files`."""
     left_out: dict[str, str] = field(default_factory=dict[str, str])
     """What is no plain file of this folder, with the reason; each is a fault as well."""
 
@@ -46,10 +49,8 @@ def _walk(folder: Path, prefix: str, root: Path, listing: Listing) -> None:
         return
     for entry in entries:
         name = prefix + entry.name
-        if entry.name.startswith("."):
-            listing.ignored[name] = "hidden"
-        elif entry.name.lower() in COMPANIONS:
-            listing.ignored[name] = "left by another program"
+        if reason := why_ignored(entry.name):
+            listing.ignored[name] = reason
         elif entry.is_dir(follow_symlinks=False):
             _walk(Path(entry.path), f"{name}/", root, listing)
         else:
@@ -59,6 +60,14 @@ def _walk(folder: Path, prefix: str, root: Path, listing: Listing) -> None:
             else:
                 listing.faults.take(fault, "unreadable")
                 listing.left_out[name] = fault.what.removeprefix(f"{shown(name)} is ")
+
+
+def why_ignored(name: str) -> str:
+    """Say why a file of this path plays no part; empty for one that may."""
+    parts = name.split("/")
+    if any(part.startswith(".") for part in parts):
+        return "hidden"
+    return "left by another program" if any(part.lower() in COMPANIONS for part in parts) else ""
 
 
 def _fault(entry: os.DirEntry[str], name: str, root: Path) -> DataError | None:

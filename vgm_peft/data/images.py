@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -17,11 +17,13 @@ from PIL import Image
 from vgm_peft.data import pictures
 from vgm_peft.data.faults import Faults, Tell
 from vgm_peft.data.faults import names as listed
-from vgm_peft.data.folder import Listing, walk
+from vgm_peft.data.folder import Listing
 from vgm_peft.data.look import same_bytes, same_look
+from vgm_peft.data.member import Place
 from vgm_peft.data.pictures import Picture, shown
 from vgm_peft.data.plan import Plan, Source
 from vgm_peft.data.report import Example, Report
+from vgm_peft.data.shards import listings
 from vgm_peft.errors import DataError
 
 _ONE_BY_ONE = {"tiny": f"use pictures of at least {pictures.MIN_SIDE} pixels a side", "animated": "save the frame you want"}
@@ -45,42 +47,56 @@ def scan_all(sources: Sequence[Source], allow: AbstractSet[str] = frozenset(), t
     do about it.
     """
     faults = Faults(allow)
-    plans = [Plan(walk(source.folder, faults), source) for source in sources]
-    files = [{name: plan.listing.files[name] for name in _wanted(plan)} for plan in plans]
-    examined = _examine([path for group in files for path in group.values()], tell)
-    founds = [
-        _sound(plan, {name: examined[path] for name, path in group.items()}) for plan, group in zip(plans, files, strict=True)
+    plans = [
+        (f"{label}{shard and f'{shard}/'}", number, Plan(listing, source))
+        for number, (label, source) in enumerate(zip(_labels(sources), sources, strict=True))
+        for shard, listing in listings(source.folder, faults)
     ]
-    for plan, found in zip(plans, founds, strict=True):
-        plan.complete(found)
-        plan.check_looks(found)
-        if not plan.examples and not faults.found:
-            faults.add("there is no picture in it", "put some there", expected="PNG, JPEG, WebP or BMP files")
-    labels = _labels(sources)
-    trained = {
-        f"{label}{n}": found[n] for label, p, found in zip(labels, plans, founds, strict=True) for n in p.examples if n in found
-    }
+    files = [{name: plan.listing.files[name] for name in _wanted(plan)} for _, _, plan in plans]
+    examined = _examine([place for group in files for place in group.values()], tell)
+    folders = [
+        _Folder(label, number, plan, _sound(plan, {name: examined[place] for name, place in group.items()}))
+        for (label, number, plan), group in zip(plans, files, strict=True)
+    ]
+    for folder in folders:
+        folder.plan.complete(folder.found)
+        folder.plan.check_looks(folder.found)
+    if {folder.concept for folder in folders if folder.plan.examples} != set(range(len(sources))) and not faults.found:
+        faults.add("there is no picture in it", "put some there", expected="PNG, JPEG, WebP or BMP files")
+    trained = {f"{f.label}{name}": f.found[name] for f in folders for name in f.plan.examples if name in f.found}
     _repeated(trained, faults)
     allowed = faults.settle(" and ".join(str(source.folder) for source in sources))
     if not trained:
         raise DataError(f"{sources[0].folder}: no picture is left", fix="allow less, or give whole pictures")
-    return _report(plans, founds, labels, allowed)
+    return _report(sources, folders, allowed)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder or a shard, all read."""
+
+    label: str
+    """What its files are named with."""
+    concept: int
+    plan: Plan
+    found: Mapping[str, Picture]
+    """Its sound pictures by name."""
 
 
 def _wanted(plan: Plan) -> list[str]:
     return list(dict.fromkeys([*plan.examples, *plan.controls.values(), *plan.masks.values()]))
 
 
-def _examine(paths: Sequence[Path], tell: Tell | None) -> dict[Path, Picture | DataError]:
+def _examine(paths: Sequence[Place], tell: Tell | None) -> dict[Place, Picture | DataError]:
     """Examine picture files on a few threads (hashing and decoding leave Python's lock alone)."""
 
-    def one(path: Path) -> Picture | DataError:
+    def one(path: Place) -> Picture | DataError:
         try:
             return pictures.examine(path)
         except DataError as fault:
             return fault
 
-    out: dict[Path, Picture | DataError] = {}
+    out: dict[Place, Picture | DataError] = {}
     with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit speaks
         for path, result in zip(paths, pool.map(one, paths), strict=True):
@@ -130,23 +146,23 @@ def _labels(sources: Sequence[Source]) -> list[str]:
     return [f"{head}{f' ({i + 1})' if heads.count(head) > 1 else ''}/" for i, head in enumerate(heads)]
 
 
-def _report(
-    plans: Sequence[Plan], founds: Sequence[Mapping[str, Picture]], labels: Sequence[str], allowed: tuple[str, ...]
-) -> Report:
+def _report(sources: Sequence[Source], folders: Sequence[_Folder], allowed: tuple[str, ...]) -> Report:
     examples: list[Example] = []
     notes: list[str] = []
     files: dict[str, str] = {}
-    for number, (plan, found, label) in enumerate(zip(plans, founds, labels, strict=True)):
-        examples += [replace(_example(name, plan, found), concept=number) for name in plan.examples if name in found]
+    for folder in folders:
+        label, plan, found = folder.label, folder.plan, folder.found
+        examples += [replace(_example(name, plan, found), concept=folder.concept) for name in plan.examples if name in found]
         notes += [f"{label and f'{label}: '}{note}" for note in (*plan.notes, *_by_note(plan, found))]
-        files |= {f"{label}{name}": part for name, part in _account(plan, found).items()}
-    return Report(tuple(plan.source.folder for plan in plans), tuple(examples), (*notes, *allowed), files)
+        files |= {f"{label}{name}": part for name, part in _account(plan).items()}
+    return Report(tuple(source.folder for source in sources), tuple(examples), (*notes, *allowed), files)
 
 
-def _account(plan: Plan, found: Mapping[str, Picture]) -> dict[str, str]:
+def _account(plan: Plan) -> dict[str, str]:
     """Every file of a folder -> what became of it."""
     listing: Listing = plan.listing
     out = {name: f"ignored: {why}" for name, why in listing.ignored.items()}
+    out |= dict.fromkeys(listing.shards, "shard")
     out |= {name: plan.parts.get(name, "left out: plays no part") for name in listing.files}
     out |= {name: f"left out: {why}" for name, why in listing.left_out.items()}
     return dict(sorted(out.items()))

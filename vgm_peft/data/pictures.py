@@ -10,13 +10,13 @@ import hashlib
 import io
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms
 
+from vgm_peft.data.member import Place, size_of
 from vgm_peft.errors import DataError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -68,7 +68,7 @@ class Picture:
         return any(kind == "transparent" for kind, _ in self.faults)
 
 
-def examine(path: Path) -> Picture:
+def examine(path: Place) -> Picture:
     """Read a picture file, decode it to its last byte and describe it.
 
     Raises `DataError` (its text begins with the file's name).
@@ -99,12 +99,12 @@ def examine(path: Path) -> Picture:
     return Picture(width, height, hashlib.sha256(raw).hexdigest(), look, notes, faults)
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Place) -> bytes:
     """Return the bytes of a file of at most `MAX_BYTES`. Raises `DataError`."""
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if (size := size_of(path)) > MAX_BYTES:
             raise DataError(
-                f"{shown(path.name)} has {path.stat().st_size / 2**20:.0f} MiB",
+                f"{shown(path.name)} has {size / 2**20:.0f} MiB",
                 expected=f"at most {MAX_BYTES // 2**20}",
                 fix="save it smaller",
             )

@@ -11,6 +11,7 @@ from vgm_peft.data.captions import METADATA, Row, suggestion
 from vgm_peft.data.companions import CONTROL, INSIDE, MASKS, Companions, bare_names, is_beside, root_of, stem
 from vgm_peft.data.faults import names as listed
 from vgm_peft.data.folder import Listing
+from vgm_peft.data.member import Place
 from vgm_peft.data.pictures import Picture, shown
 from vgm_peft.errors import DataError
 
@@ -20,7 +21,8 @@ _TABLES = frozenset({".json", ".jsonl", ".csv", ".yaml", ".yml", ".toml"})
 _PACKED = {
     ".parquet": "unpack it into picture files with metadata.jsonl (docs/data.md shows how)",
     ".arrow": "unpack it into picture files with metadata.jsonl (docs/data.md shows how)",
-    ".tar": "unpack it here: tar -xf",
+    ".gz": "if it is a shard, unpack it to a .tar: gunzip",
+    ".tgz": "if it is a shard, unpack it to a .tar: gunzip",
     ".zip": "unpack it here",
 }
 """Files that may hold the whole data set and are not read as they are."""
@@ -36,6 +38,8 @@ class Source:
     """For pictures that have none of their own; without it captions are for all or for none."""
     require_captions: bool = False
     require_controls: bool = False
+    conditions: int = 1
+    """How many control pictures lie side by side in one."""
     masks: Masks = "off"
     annotator: str = ""
     """What computes the control pictures; pictures that have some of their own are then a fault."""
@@ -238,13 +242,14 @@ class Plan:
 
     def check_looks(self, found: Mapping[str, Picture]) -> None:
         """Insist that controls and masks have the proportions of their pictures (within 1 %), and that no picture is a mask."""
-        for what, pairs in (("control", self.controls), ("mask", self.masks)):
+        for what, pairs, count in (("control", self.controls, self.source.conditions), ("mask", self.masks, 1)):
             for name, beside in pairs.items():
                 picture, other = found.get(name), found.get(beside)
-                if picture and other and abs(picture.width * other.height / (picture.height * other.width) - 1) > 0.01:
+                if picture and other and abs(picture.width * count * other.height / (picture.height * other.width) - 1) > 0.01:
                     sizes = f"{other.width} x {other.height}, {shown(name)} {picture.width} x {picture.height}"
                     fix = f"make the {what} in the picture's proportions"
-                    self.faults.add(f"{shown(beside)} is {sizes}", fix, expected="the same proportions")
+                    expected = "the same proportions" if count == 1 else f"{count} of the same proportions side by side"
+                    self.faults.add(f"{shown(beside)} is {sizes}", fix, expected=expected)
         stems = {stem(name) for name in self.examples}
         for name in self.examples:
             end = next((end for end in _MASK_ENDS if stem(name).removesuffix(end) in stems - {stem(name)}), None)
@@ -260,7 +265,7 @@ _NEITHER = "take it out of the folder; if it is a caption, name it like its pict
 _TABLE = f'make it {METADATA} in the folder itself, one {{"file_name": ..., "text": ...}} a line, or take it out'
 
 
-def _holds_caption(path: Path) -> bool:
+def _holds_caption(path: Place) -> bool:
     try:
         return bool(captions.read_caption(path))
     except DataError:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vgm_peft.data.member import Place
 from vgm_peft.data.pictures import shown
 
 
@@ -11,15 +12,15 @@ from vgm_peft.data.pictures import shown
 class Example:
     """One picture to learn from: upright size in pixels, SHA-256 of its bytes, and the control picture where there is one."""
 
-    path: Path
+    path: Place
     caption: str
     width: int
     height: int
     digest: str
-    control: Path | None = None
+    control: Place | None = None
     control_digest: str = ""
     repeats: int = 1
-    mask: Path | None = None
+    mask: Place | None = None
     """Where it counts: a picture that is white there; the picture itself where its transparency says so."""
     mask_digest: str = ""
     concept: int = 0
@@ -34,7 +35,8 @@ class Report:
     examples: tuple[Example, ...]
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Every file -> `picture`, `caption`, `control`, `mask`, `metadata`, or why it is not: `ignored: ...`, `left out: ...`."""
+    """Every file -> `picture`, `caption`, `control`, `mask`, `metadata`, `shard`, or why it is none of these: `ignored: ...`,
+    `left out: ...`."""
 
     @property
     def ignored(self) -> dict[str, str]:

@@ -36,6 +36,7 @@ from vgm_peft.formats.settings import Settings, parse
 from vgm_peft.formats.vocabulary import Suffixes
 from vgm_peft.header import Header, listed, open_plain, shown
 from vgm_peft.site import Site, locate
+from vgm_peft.socket import untouched
 
 ROOT = "base_model."
 CONFIG = "adapter_config.json"
@@ -157,7 +158,7 @@ class _Adapter:
         """Return the base's own values at a site, in float32."""
         if self.base is None:
             raise DeltaError(f"{self.header.path}: holds the whole {site.tensor} of {site}", fix="name the base with --base")
-        return getattr(locate(self.base.parts, site), site.tensor).detach().float().cpu()
+        return untouched(locate(self.base.parts, site), site.tensor).detach().float().cpu()
 
     def _differences(self, book: Book, name: Place, tensors: Suffixes) -> Suffixes:
         out: Suffixes = {}

@@ -14,7 +14,7 @@ import torch
 from vgm_peft.delta import Delta, Patch
 from vgm_peft.errors import ConfigError
 from vgm_peft.family import Base
-from vgm_peft.formats import FORMATS, Meant, check_family, place_for, put
+from vgm_peft.formats import FORMATS, Meant, check_family, native, place_for, put
 from vgm_peft.formats.plan import Plan, plan
 from vgm_peft.formats.stamps import sealed
 from vgm_peft.formats.targets import target_named
@@ -66,12 +66,15 @@ def export(
     format = FORMATS[tool.format]
     path = place_for(path, format)
     check_family("the delta", delta, base)
+    if tool.format == native.FORMAT.name:  # the file's metadata is the delta's own, to the letter
+        delta = Delta(delta.family, delta.patches, delta.words, {**delta.metadata, **wishes.metadata})
     made = plan(delta, tool, base, wishes.approximate)
     parcels = format.spell(made.delta, base, wishes.dtype)
-    said = {"modelspec.title": delta.metadata.get("ss_output_name", path.stem)} if tool.is_tool else {}
-    said |= {key: text for key, text in delta.metadata.items() if key == "modelspec.title"} | {**wishes.metadata}
-    stamped = {name: sealed(parcel, said if parcel.titled else {}) for name, parcel in parcels.items()}
-    return Exported(put(stamped, path, format, Meant(made.meant, base, wishes.dtype, format.by_part)), made)
+    if tool.format != native.FORMAT.name:
+        said = {"modelspec.title": delta.metadata.get("ss_output_name", path.stem)} if tool.is_tool else {}
+        said |= {key: text for key, text in delta.metadata.items() if key == "modelspec.title"} | {**wishes.metadata}
+        parcels = {name: sealed(parcel, said if parcel.titled else {}) for name, parcel in parcels.items()}
+    return Exported(put(parcels, path, format, Meant(made.meant, base, wishes.dtype, format.by_part)), made)
 
 
 def file_name(target: str, stem: str = "") -> str:

@@ -17,6 +17,7 @@ from vgm_peft.errors import DeltaError, VgmError
 from vgm_peft.family import Base
 from vgm_peft.header import shown
 from vgm_peft.site import Site, locate
+from vgm_peft.socket import untouched
 
 Suffixes = dict[str, Tensor]
 """One module's tensors by suffix."""
@@ -145,7 +146,7 @@ def _stand_in(patch: Patch, base: Base | None, free: bool) -> Tensor:
     """Return the base tensor on the patch's device, or zeros without memory where nothing but the shape is read (`free`)."""
     device = next((p.device for p in patch.parameters()), torch.device("cpu"))
     if base is not None:
-        return getattr(locate(base.parts, patch.site), patch.site.tensor).detach().to(device)
+        return untouched(locate(base.parts, patch.site), patch.site.tensor).detach().to(device)
     if not free:
         raise DeltaError(
             f"{patch.site}: a change by {patch.kind} depends on the base's own weights", fix="name the base with --base"

@@ -10,12 +10,25 @@ from vgm_peft.family import Base
 from vgm_peft.side import Side, class_of
 from vgm_peft.sides.control_lora import ControlLora
 from vgm_peft.sides.controlnet import ControlNet
+from vgm_peft.sides.controlnet_xs import ControlNetXS
 from vgm_peft.sides.controlnext import ControlNeXt
 from vgm_peft.sides.ip_adapter import IPAdapter
 from vgm_peft.sides.t2i_adapter import T2IAdapterSide
+from vgm_peft.sides.uni_controlnet import UniControlNet
+from vgm_peft.sides.uni_controlnet_global import UniControlNetGlobal
 
 TABLE: Mapping[str, Side] = {
-    side.name: side for side in (ControlNet(), ControlLora(), T2IAdapterSide(), ControlNeXt(), IPAdapter())
+    side.name: side
+    for side in (
+        ControlNet(),
+        ControlLora(),
+        ControlNetXS(),
+        UniControlNet(),
+        T2IAdapterSide(),
+        ControlNeXt(),
+        IPAdapter(),
+        UniControlNetGlobal(),
+    )
 }
 
 

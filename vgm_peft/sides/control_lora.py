@@ -6,7 +6,6 @@ convolutions are whole. The file is that of the authors' code, in the original n
 of the changed layers too, but these stay the base's: diffusers reads such a file without them and does not say so.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -22,8 +21,7 @@ from vgm_peft.family import Base
 from vgm_peft.folders import replace_file
 from vgm_peft.header import listed, open_header
 from vgm_peft.side import load_file
-from vgm_peft.sides.controlnet import ControlNet, hint_widths
-from vgm_peft.spelling import unet_spellings
+from vgm_peft.sides.controlnet import ControlNet, hint_widths, original_names
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -51,6 +49,7 @@ class ControlLora(ControlNet):
 
     name: ClassVar[str] = "control-lora"
     Options: ClassVar[type] = ControlLoraOptions
+    fresh: ClassVar[tuple[str, ...]] = ("*",)
 
     def create(self, base: Base, options: object = None, seed: int = 0) -> "ControlNetModel":
         """Copy the base's encoder, and give each of its layers a low-rank change that is zero at first.
@@ -146,13 +145,10 @@ def _add(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
 
 def _spelled(network: nn.Module) -> dict[str, str]:
     """The original names of all modules that hold tensors."""
-    holding = [name for name, module in network.named_modules() if any(True for _ in module.parameters(recurse=False))]
-    names = unet_spellings(holding)
-    hint = [name for name in holding if name.startswith("controlnet_cond_embedding.")]  # in the order they act in
-    names |= {name: f"input_hint_block.{2 * i}" for i, name in enumerate(hint)}  # between them are activations
-    zeros = (name for name in holding if name.startswith("controlnet_down_blocks."))
-    names |= {name: re.sub(r".*\.(\d+)", r"zero_convs.\1.0", name) for name in zeros}
-    return names | {"controlnet_mid_block": "middle_block_out.0"}
+    hint = [name for name in network.state_dict() if name.startswith("controlnet_cond_embedding.")]
+    encoder = dict.fromkeys(name.rpartition(".")[0] for name in hint)  # in the order they act in
+    names = original_names(network)
+    return names | {name: f"input_hint_block.{2 * i}" for i, name in enumerate(encoder)}  # between them are activations
 
 
 def _key(spelled: Mapping[str, str], name: str) -> str:

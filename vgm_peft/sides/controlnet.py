@@ -17,6 +17,7 @@ from vgm_peft.errors import DeltaError
 from vgm_peft.family import Base
 from vgm_peft.folders import check_component, read_json, replace_folder
 from vgm_peft.side import Features, Side, Speaker, check_size, class_of, load_folder, question
+from vgm_peft.spelling import unet_spellings
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -24,14 +25,18 @@ if TYPE_CHECKING:
 CLASS = "ControlNetModel"
 HINT_WIDTHS = (16, 32, 96, 256)
 """Channels of the control picture's encoder; every one after the first halves the picture."""
-LAYOUT = (
-    "cross_attention_dim",
-    "addition_embed_type",
-    "in_channels",
-    "down_block_types",
-    "block_out_channels",
-    "layers_per_block",
-)
+FIT = {
+    name: name
+    for name in (
+        "cross_attention_dim",
+        "addition_embed_type",
+        "in_channels",
+        "down_block_types",
+        "block_out_channels",
+        "layers_per_block",
+    )
+}
+"""In which settings of its own a network must agree with which of a U-Net's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,7 @@ class ControlNet(Side):
 
     name: ClassVar[str] = "controlnet"
     Options: ClassVar[type] = ControlNetOptions
+    fresh: ClassVar[tuple[str, ...]] = ("controlnet_*",)
     guesses: ClassVar[bool] = True
 
     def create(self, base: Base, options: object = None, seed: int = 0) -> "ControlNetModel":
@@ -70,7 +76,7 @@ class ControlNet(Side):
         from diffusers import ControlNetModel
 
         check_component(place)
-        _check_fit(read_json(place / "config.json"), base, place)
+        check_fit(read_json(place / "config.json"), base, place, FIT)
         return load_folder(ControlNetModel, place, base)
 
     def save(self, network: nn.Module, place: Path) -> Path:
@@ -81,7 +87,13 @@ class ControlNet(Side):
 
     def read(self, base: Base, network: nn.Module, pictures: Tensor) -> Features:
         """The pictures themselves: the network reads them together with the noise."""
-        return (pictures,)
+        return (pictures.to(next(network.parameters()).dtype),)
+
+    def hint(self, base: Base, features: Features, latents: torch.Size) -> Tensor | Features:
+        """Return what the network is shown of them. Raises `DataError` unless it is as large as the latents (height, width)."""
+        (control,) = features
+        check_size(base, control, latents)
+        return control
 
     def join(self, base: Base, network: nn.Module, speaker: Speaker) -> list[RemovableHandle]:
         """One hook: the network is asked what the denoiser is asked, and its residuals go to the skips and the middle."""
@@ -92,15 +104,14 @@ class ControlNet(Side):
             heard = speaker.heard(len(noisy), t)
             if heard is None:
                 return None
-            (control,) = heard.features
-            check_size(base, control, noisy.shape[-2:])
+            shown = self.hint(base, heard.features, noisy.shape[-2:])
             extra = told.get("added_cond_kwargs")
             hidden = told["encoder_hidden_states"] if len(args) < 3 else args[2]
             down, mid = network(
                 heard.told(noisy).to(dtype),
                 heard.told(t) if t.dim() else t,
                 encoder_hidden_states=heard.told(hidden).to(dtype),
-                controlnet_cond=control.to(dtype),
+                controlnet_cond=shown,
                 added_cond_kwargs=None if extra is None else {name: heard.told(v) for name, v in extra.items()},
                 return_dict=False,
             )
@@ -124,6 +135,14 @@ def _to(network: "ControlNetModel", device: torch.device) -> "ControlNetModel":
     return cast(Any, network).to(device)
 
 
+def original_names(network: nn.Module) -> dict[str, str]:
+    """The original names of the modules that hold tensors, the encoder of the control picture apart."""
+    holding = [name for name, module in network.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    zeros = (name for name in holding if name.startswith("controlnet_down_blocks."))
+    names = unet_spellings(holding) | {name: f"zero_convs.{name.rpartition('.')[2]}.0" for name in zeros}
+    return names | {"controlnet_mid_block": "middle_block_out.0"}
+
+
 def hint_widths(factor: int) -> tuple[int, ...]:
     """Channels of an encoder that brings pictures down by `factor`, a power of two up to 32."""
     widths = [*HINT_WIDTHS, 256, 256]
@@ -132,10 +151,12 @@ def hint_widths(factor: int) -> tuple[int, ...]:
     return tuple(widths[: factor.bit_length()])
 
 
-def _check_fit(config: Mapping[str, Any], base: Base, folder: Path) -> None:
+def check_fit(config: Mapping[str, Any], base: Base, folder: Path, settings: Mapping[str, str]) -> None:
+    """Raise `DeltaError` unless a network's settings agree with those of the base's U-Net, and it reads pictures of the base's
+    pixels to a latent."""
     unet: Any = base.denoiser.config
-    for name in LAYOUT:
-        has, wants = config.get(name), unet.get(name)
+    for name, theirs in settings.items():
+        has, wants = config.get(name), unet.get(theirs)
         if isinstance(wants, (list, tuple)) and isinstance(has, (list, tuple)):
             has, wants = list(has), list(wants)
         if has != wants:
@@ -144,7 +165,7 @@ def _check_fit(config: Mapping[str, Any], base: Base, folder: Path) -> None:
                 expected=f"{wants}, as {base.source} ({base.family.name}) has it",
                 fix="use it with the family of base models it was made for",
             )
-    factor = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+    factor = 2 ** (len(config.get("conditioning_embedding_out_channels", HINT_WIDTHS)) - 1)
     if factor != base.latent_factor:
         raise DeltaError(
             f"{folder}: a control network for {factor} pixels to a latent",

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from vgm_peft.errors import ConfigError, DeltaError
@@ -45,6 +44,9 @@ class ControlNeXtOptions:
     weights: Literal["usual", "to_out", "attn2.to_out"] = "usual"
     """Which of the base's layers learn along: the last of every attention, or of every cross-attention. The authors chose
     the first for bases like Stable Diffusion 1.5 and the second for those like SDXL."""
+    place: Literal["usual", "block", "stem"] = "usual"
+    """Where it is heard: behind the first block or before it. The authors chose the first for bases like Stable Diffusion 1.5
+    and the second for those like SDXL; on small pictures what is before the block is finer."""
 
     def __post_init__(self) -> None:
         if self.width < 4 or self.width % 4:
@@ -63,8 +65,10 @@ class ControlNeXt(Side):
     def create(self, base: Base, options: object = None, seed: int = 0) -> ControlNeXtNetwork:
         """Make a module as wide as the base's first block, and increments of zero, in float32 and training mode."""
         chosen = options if isinstance(options, ControlNeXtOptions) else ControlNeXtOptions()
-        form = replace(_form(base), width=chosen.width, scale=chosen.scale)
-        which = USUAL[form.place] if chosen.weights == "usual" else chosen.weights
+        usual = _form(base)
+        place = usual.place if chosen.place == "usual" else chosen.place
+        form = replace(usual, width=chosen.width, scale=chosen.scale, place=place)
+        which = USUAL[usual.place] if chosen.weights == "usual" else chosen.weights
         layers = {name: layer for name, layer in _layers(base) if fnmatchcase(name, LAYERS[which])}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -175,7 +179,7 @@ class _Grown:
         self._x = None
         if heard is None or x is None:
             return None
-        change = linear(heard.told(x).to(grown.weight.dtype), grown.weight, grown.bias)
+        change: Tensor = grown(heard.told(x).to(grown.weight.dtype))
         return args[0] + heard.placed_tokens(change.to(args[0].dtype), self._ear.latents)
 
 

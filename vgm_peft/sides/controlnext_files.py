@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from vgm_peft.family import Base
 from vgm_peft.folders import read_json, replace_folder
 from vgm_peft.header import listed, open_header
 from vgm_peft.side import class_of, load_file
-from vgm_peft.sides.controlnext_module import ControlNeXtNetwork, Form
+from vgm_peft.sides.controlnext_module import ControlNeXtNetwork, Form, Place
 
 CLASS = "ControlNeXt"
 MODULES = ("controlnet.safetensors", "controlnext.safetensors")
@@ -81,8 +81,11 @@ def _form(place: Path, config: Mapping[str, Any], module: Mapping[str, Tensor], 
     scale = config.get("scale", 1.0)
     if type(scale) not in (int, float):
         raise DeltaError(f"{place}: scale {scale!r} in config.json", expected="a number")
-    held = replace(wanted, width=len(module[FIRST]), channels=len(module[LAST]), scale=float(scale))
-    for name in ("channels", "factor", "context", "place"):
+    spot = config.get("place", wanted.place)
+    if spot not in get_args(Place):
+        raise DeltaError(f"{place}: place {spot!r} in config.json", expected=" or ".join(get_args(Place)))
+    held = replace(wanted, width=len(module[FIRST]), channels=len(module[LAST]), scale=float(scale), place=spot)
+    for name in ("channels", "factor", "context"):
         wants, has, says = getattr(wanted, name), getattr(held, name), config.get(name)
         if has != wants or says not in (None, wants):
             raise DeltaError(

@@ -1,9 +1,10 @@
-"""The eye of an IP-Adapter: a frozen CLIP image encoder, found, checked, and shown pictures as it was taught to see them.
+"""The eye of an image prompt: a frozen CLIP image encoder, found, checked, and shown pictures as it was taught to see them.
 
 It is no part of any network that looks through it: never trained, counted or saved with one. A saved network remembers how
 wide its encoder was and the digest of its files; a wrong encoder of the right width would be nonsense that no shape tells.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 FOLDER = "image_encoder"
 """Where one lies in a base's folder and beside an adapter's file: the name that diffusers and the authors give it."""
+ENCODER = "image_encoder"
+"""Key of a file's metadata: of its encoder the widths, the digest of the weights, and the hub id if it has one, as JSON."""
 PROCESSOR = "preprocessor_config.json"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the pixels that CLIP was trained on."""
@@ -41,6 +44,20 @@ class Need:
     states: int = 0
     digest: str = ""
     hub: str = ""
+
+    @classmethod
+    def told(cls, metadata: Mapping[str, str], embeds: int = 0, states: int = 0) -> "Need":
+        """What a file with these metadata needs, of the widths that its tensors have; those of other tools tell no more."""
+        try:
+            said = json.loads(metadata.get(ENCODER, "{}"))
+            return cls(embeds, states, str(said.get("sha256", "")), str(said.get("hub", "")))
+        except (ValueError, AttributeError, RecursionError):
+            return cls(embeds, states)
+
+    def metadata(self) -> dict[str, str]:
+        """What a file's metadata should say: under one key, for the library writes several in random order."""
+        said = {"embeds": self.embeds, "hub": self.hub, "sha256": self.digest, "states": self.states}
+        return {ENCODER: json.dumps(said)}
 
     def fits(self, found: "Need") -> bool:
         """Say whether an encoder has these widths."""
@@ -118,7 +135,7 @@ def find_eye(base: Base, named: str = "", need: Need | None = None, near: Path |
     same = [place for place in fitting if need.digest in ("", _digest(place) or need.digest)]
     if not same:
         _log.warning(
-            "%s is not the image encoder that the IP-Adapter was trained with (another digest): what it sees may mean nothing",
+            "%s is not the image encoder that the network was trained with (another digest): what it sees may mean nothing",
             fitting[0],
         )
     place = (same or fitting)[0]

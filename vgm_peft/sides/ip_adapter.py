@@ -6,7 +6,6 @@ hook keeps the query, another adds to what goes into the output projection, what
 heard differently: InstantStyle (Wang et al. 2024, arXiv 2404.02733). The file is that of the authors' code.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ from vgm_peft.side import Ear, Features, Side, Speaker, load_file
 from vgm_peft.sides.image_encoder import Eye, Need, find_eye
 from vgm_peft.sides.image_tokens import HEAD, TOKENS, ImageProjection, Resampler, attend
 
-ENCODER = "image_encoder"
-"""Key of the file's metadata: of its encoder the widths, the digest of the weights, and the hub id if it has one, as JSON."""
 CHOICES: Mapping[str, Mapping[str, Mapping[str, float]]] = {
     "sdxl": {"style": {"up_blocks.0.attentions.1.*": 1.0}, "layout": {"down_blocks.2.attentions.1.*": 1.0}},
     "sd15": {
@@ -84,6 +81,7 @@ class IPAdapter(Side):
     Options: ClassVar[type] = IPAdapterOptions
     paired: ClassVar[bool] = False
     zero: ClassVar[bool] = False
+    fresh: ClassVar[tuple[str, ...]] = ("image_proj.*",)
 
     def create(self, base: Base, options: object = None, seed: int = 0) -> Adapter:
         """Keys and values begin as copies of the text's, as in the authors' code; the projection is drawn from `seed`.
@@ -128,10 +126,8 @@ class IPAdapter(Side):
         """Write `place.safetensors` in the authors' layout, which diffusers' `load_ip_adapter` reads."""
         place = place if place.suffix == ".safetensors" else place.with_name(f"{place.name}.safetensors")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-        need = _eye(network).need
-        seen = json.dumps({"embeds": need.embeds, "hub": need.hub, "sha256": need.digest, "states": need.states})
         with replace_file(place, owned=self.recognises) as aside:
-            save_file(tensors, aside, {ENCODER: seen})  # one key: the library writes several in random order
+            save_file(tensors, aside, _eye(network).need.metadata())
         return place
 
     def read(self, base: Base, network: nn.Module, pictures: Tensor) -> Features:
@@ -241,16 +237,10 @@ def _projection(header: Header) -> ImageProjection | Resampler:
 
 
 def _need(header: Header) -> Need:
-    """The encoder that a file needs; files of other tools give only widths, by their shapes."""
-    tensors = header.tensors
-    try:
-        told = json.loads(header.metadata.get(ENCODER, "{}"))
-        digest, hub = str(told.get("sha256", "")), str(told.get("hub", ""))
-    except (ValueError, AttributeError, RecursionError):
-        digest = hub = ""
-    if "image_proj.proj.weight" in tensors:
-        return Need(tensors["image_proj.proj.weight"].shape[1], 0, digest, hub)
-    return Need(0, tensors["image_proj.proj_in.weight"].shape[1], digest, hub)
+    """The encoder that a file needs."""
+    if "image_proj.proj.weight" in header.tensors:
+        return Need.told(header.metadata, embeds=header.tensors["image_proj.proj.weight"].shape[1])
+    return Need.told(header.metadata, states=header.tensors["image_proj.proj_in.weight"].shape[1])
 
 
 def _check_fit(header: Header, network: Adapter, base: Base) -> None:

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vgm_peft.stack.handle import Handle, attach, detach
-    from vgm_peft.stack.recipe import ControlUse, DeltaUse, Stack
+    from vgm_peft.stack.recipe import Stack
     from vgm_peft.stack.runtime import Applied
     from vgm_peft.stack.sampling import Progress, generate
+    from vgm_peft.stack.uses import ControlUse, DeltaUse, Region
 
-__all__ = ["Applied", "ControlUse", "DeltaUse", "Handle", "Progress", "Stack", "attach", "detach", "generate"]
+__all__ = ["Applied", "ControlUse", "DeltaUse", "Handle", "Progress", "Region", "Stack", "attach", "detach", "generate"]
 
 _HOMES = {
     "Applied": "runtime",
-    "ControlUse": "recipe",
-    "DeltaUse": "recipe",
+    "ControlUse": "uses",
+    "DeltaUse": "uses",
     "Handle": "handle",
     "Progress": "sampling",
+    "Region": "uses",
     "Stack": "recipe",
     "attach": "handle",
     "detach": "handle",

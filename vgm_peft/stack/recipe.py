@@ -5,17 +5,18 @@ stack written by hand; where it is given the file must still have it, so that a 
 was made from or not at all.
 """
 
-import hashlib
-import math
+import dataclasses
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections import Counter
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from vgm_peft.config import Table, build, read_toml, to_table, to_toml
-from vgm_peft.digests import digests_of
 from vgm_peft.errors import ConfigError, DeltaError, nearest
+from vgm_peft.stack.files import DIGEST_OF, FileKind, Named, Renaming, with_files
+from vgm_peft.stack.uses import ControlUse, DeltaUse, Region, check_hex, check_length, check_number, check_text
 
 if TYPE_CHECKING:
     from vgm_peft.delta import Delta
@@ -32,64 +33,15 @@ SCHEDULERS: Mapping[str, tuple[str, str]] = {
 }
 """Our name -> diffusers' class, and the name that other tools show. All of these know v-prediction and zero-terminal SNR."""
 
+Combine = Literal["sum", "switch", "composite"]
+Regional = Literal["noise", "attention"]
+
+LISTS = ("deltas", "controls", "regions")
+ALWAYS = frozenset({"base", "prompt", "negative", "steps", "seed", "count", "scheduler", "file", "network", "strength"})
+"""Keys that a table has even where their values are the defaults; the image of a control has none."""
+
 MAX_PROMPT = 8_000
 """Characters; a prompt encoder reads far fewer, so more is a mistake or an attack."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeltaUse:
-    """One delta of a stack."""
-
-    file: str
-    """Path of the delta, in any format that can be read."""
-    strength: float = 1.0
-    """`W + strength * dW`; 0 is the same as leaving the delta out, bit for bit."""
-    digest: str = ""
-    """SHA-256 of the file; checked where given."""
-
-    def __post_init__(self) -> None:
-        _text("deltas.file", self.file, 1, 4096)
-        _number(f"strength of {self.file}", self.strength, -100.0, 100.0)
-        _hex("deltas.digest", self.digest)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlUse:
-    """One side network of a stack, with the picture it looks at."""
-
-    network: str
-    """Path of the network's folder or file."""
-    image: str
-    """Path of the picture it looks at."""
-    strength: float = 1.0
-    """Factor on what the network adds; 0 is the same as leaving it out, bit for bit."""
-    start: float = 0.0
-    """From which share of the steps it is heard, 0 .. 1."""
-    end: float = 1.0
-    """Until which."""
-    mask: str = ""
-    """Path of a picture that is white where the network is heard; everywhere without one."""
-    layers: str = ""
-    """Which layers hear it, where its kind knows choices: `style`, `layout`, `style+layout` (IP-Adapters); else all."""
-    guess: bool = False
-    """Whether the half without the prompt does not hear it, for pictures from the control alone (ControlNets)."""
-    network_digest: str = ""
-    """SHA-256 over the network's files; checked where given."""
-    image_digest: str = ""
-    """SHA-256 of the control picture's file; checked where given."""
-    mask_digest: str = ""
-    """SHA-256 of the mask's file; checked where given."""
-
-    def __post_init__(self) -> None:
-        _text("controls.network", self.network, 1, 4096)
-        _text("controls.image", self.image, 1, 4096)
-        _text("controls.mask", self.mask, 0, 4096)
-        _text("controls.layers", self.layers, 0, 200)
-        _number(f"strength of {self.network}", self.strength, -100.0, 100.0)
-        _number(f"start of {self.network}", self.start, 0.0, 1.0)
-        _number(f"end of {self.network}", self.end, self.start, 1.0)
-        for name in ("network_digest", "image_digest", "mask_digest"):
-            _hex(f"controls.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,29 +68,88 @@ class Stack:
     height: int | None = None
     scheduler: str = "dpmpp"
     """One of `SCHEDULERS`; made from the base's own scheduler, so prediction type and noise schedule stay right."""
+    image: str = ""
+    """Path of a picture to begin from instead of noise alone."""
+    image_digest: str = ""
+    """SHA-256 of that picture's file; checked where given."""
+    change: float = 0.75
+    """How much of that picture is drawn anew, above 0 .. 1: the share of the steps that is done."""
+    paint: str = ""
+    """Path of a mask that is white where that picture is drawn anew and black where it stays; all of it, without one."""
+    paint_digest: str = ""
+    """SHA-256 of the mask's file; checked where given."""
+    combine: Combine = "sum"
+    """How several deltas act: all at once, one after another from step to step (LoRA switch), or each in a forward of its
+    own whose guidance is averaged (LoRA composite)."""
+    regional: Regional = "noise"
+    """How regions are held together: each is a forward of its own whose answers are blended by the masks, or one forward
+    whose cross-attentions read each place's own prompt (Mix-of-Show)."""
     deltas: tuple[DeltaUse, ...] = ()
     controls: tuple[ControlUse, ...] = ()
+    regions: tuple[Region, ...] = ()
     folder: Path = field(default=Path(), init=False, compare=False)
     """Where relative paths begin: the folder of the stack file."""
+    files: ClassVar[Named] = (("picture", "image", "image_digest"), ("picture", "paint", "paint_digest"))
 
     def __post_init__(self) -> None:
-        _text("base", self.base, 1, 4096)
-        _text("prompt", self.prompt, 0, MAX_PROMPT)
-        _text("negative", self.negative, 0, MAX_PROMPT)
-        _hex("base_digest", self.base_digest)
-        _number("steps", self.steps, 1, 1000)
+        check_text("base", self.base, 1, 4096)
+        check_text("prompt", self.prompt, 0, MAX_PROMPT)
+        check_text("negative", self.negative, 0, MAX_PROMPT)
+        check_hex("base_digest", self.base_digest)
+        check_number("steps", self.steps, 1, 1000)
         if self.guidance is not None:
-            _number("guidance", self.guidance, 0.0, 100.0)
-        _number("seed", self.seed, 0, 2**63 - 65)
-        _number("count", self.count, 1, 64)
+            check_number("guidance", self.guidance, 0.0, 100.0)
+        check_number("seed", self.seed, 0, 2**63 - 65)
+        check_number("count", self.count, 1, 64)
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None:
-                _number(name, side, 8, 4096)
+                check_number(name, side, 8, 4096)
                 if side % 8:
                     raise ConfigError(f"{name} = {side}", expected="a multiple of 8", fix=f"try {round(side / 8) * 8}")
         if self.scheduler not in SCHEDULERS:
             raise ConfigError(f'scheduler "{self.scheduler}"', fix=nearest(self.scheduler, list(SCHEDULERS)))
-        _unique(d.file for d in self.deltas)
+        self._check_picture()
+        self._check_uses()
+
+    def _check_picture(self) -> None:
+        for name in ("image", "paint"):
+            check_text(name, getattr(self, name), 0, 4096)
+            check_hex(f"{name}_digest", getattr(self, f"{name}_digest"))
+        check_number("change", self.change, 0.0, 1.0)
+        if self.change == 0.0:
+            raise ConfigError("change = 0.0", expected="above 0: at 0 the picture stays as it is")
+        if self.done < 1:
+            raise ConfigError(
+                f"change = {self.change:g} of {self.steps} steps leaves none to be done", fix="change more, or take more steps"
+            )
+        if self.paint and not self.image:
+            raise ConfigError(f'paint = "{self.paint}" without an image', fix="name the picture to paint in as image")
+
+    def _check_uses(self) -> None:
+        check_length("deltas", self.deltas, 1000)
+        check_length("controls", self.controls, 64)
+        check_length("regions", self.regions, 16)
+        names = [region.name for region in self.regions]
+        for name, count in Counter(names).items():
+            if count > 1:
+                raise ConfigError(f'{count} regions are called "{name}"', expected="a name of its own for each")
+        for use in self.deltas:
+            if use.region and use.region not in names:
+                raise ConfigError(
+                    f'{use.file} acts in the region "{use.region}", which the stack does not have',
+                    fix=nearest(use.region, names) if names else "add the region, or take it out of the delta",
+                )
+        for (file, region), count in Counter((use.file, use.region) for use in self.deltas).items():
+            if count > 1:
+                where = f' in the region "{region}"' if region else ""
+                raise ConfigError(
+                    f'delta "{file}" stands in the stack twice{where}', fix="name it once, with the sum of the strengths"
+                )
+
+    @property
+    def done(self) -> int:
+        """How many of the steps are done, as diffusers counts: from a picture the last ones only, by how much it changes."""
+        return int(self.steps * self.change) if self.image else self.steps
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -162,14 +173,13 @@ class Stack:
         return build(type(self), {**self.table(), **table}).beginning_at(self.folder)
 
     def table(self) -> Table:
-        """The stack as a nested table, without what is empty."""
-        table = to_table(self)
-        del table["folder"]
-        for key in ("deltas", "controls"):
-            uses = cast("list[Table]", table.pop(key))
+        """The stack as a nested table, without what is left at its default and says nothing."""
+        table = _told(self)
+        for key in LISTS:
+            uses = cast("tuple[object, ...]", getattr(self, key))
             if uses:  # last, as TOML wants its tables
-                table[key] = [{k: v for k, v in use.items() if v != ""} for use in uses]
-        return {k: v for k, v in table.items() if k != "base_digest" or v}
+                table[key] = [_told(use) for use in uses]
+        return table
 
     def toml(self) -> str:
         """The stack as TOML; `Stack.read` of it gives an equal stack."""
@@ -179,25 +189,24 @@ class Stack:
         """The place of a file named in the stack."""
         return self.folder / Path(name).expanduser()
 
+    def renamed(self, of: Renaming) -> Self:
+        """Return a copy in which every file that is named has the name and the digest that `of` gives it."""
+        lists = {key: tuple(with_files(use, of) for use in getattr(self, key)) for key in LISTS}
+        copy = replace(with_files(self, of), **lists)
+        return copy.beginning_at(self.folder)
+
     def pinned(self, skip: Container[str] = ()) -> Self:
         """Return a copy with every file's SHA-256 filled in; a digest that is already there must hold.
 
         Deltas named in `skip` are in memory and stay as they are.
         """
-        deltas = tuple(
-            d if d.file in skip else replace(d, digest=self._checked(d.file, delta_sha256(self.path(d.file)), d.digest))
-            for d in self.deltas
-        )
-        controls = tuple(
-            replace(
-                c,
-                network_digest=self._checked(c.network, network_sha256(self.path(c.network)), c.network_digest),
-                image_digest=self._checked(c.image, sha256(self.path(c.image)), c.image_digest),
-                mask_digest=self._checked(c.mask, sha256(self.path(c.mask)), c.mask_digest) if c.mask else "",
-            )
-            for c in self.controls
-        )
-        return replace(self, deltas=deltas, controls=controls).beginning_at(self.folder)
+
+        def pin(kind: FileKind, name: str, digest: str) -> tuple[str, str]:
+            if kind == "delta" and name in skip:
+                return name, digest
+            return name, self._checked(name, DIGEST_OF[kind](self.path(name)), digest)
+
+        return self.renamed(pin)
 
     def _checked(self, name: str, found: str, wanted: str) -> str:
         if wanted and found != wanted:
@@ -227,59 +236,12 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex; remembered if it is large. Raises `DeltaError` when it cannot be read."""
-    try:
-        return digests_of([path])[0]
-    except OSError as error:
-        raise DeltaError(f"{path}: cannot be read ({error.strerror})", fix="check the path") from None
-
-
-def delta_sha256(path: Path) -> str:
-    """SHA-256 of a delta's file, in hex; of a folder with one for every part over the names and bytes of all in it."""
-    if not path.is_dir():
-        return sha256(path)
-    from vgm_peft.formats import files_of
-
-    files = files_of(path)
-    if len(files) == 1:
-        return sha256(files[0])
-    all_of = [p for file in files for p in (file, file.with_name("adapter_config.json")) if p.is_file()]
-    return hashlib.sha256("".join(f"{p.relative_to(path).as_posix()}:{sha256(p)}\n" for p in all_of).encode()).hexdigest()
-
-
-def network_sha256(folder: Path) -> str:
-    """SHA-256 of a network's file, or over the names and bytes of the configuration and weights in its folder, in hex."""
-    if folder.is_file():
-        return sha256(folder)
-    files = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".json"))
-    if not files:
-        raise DeltaError(
-            f"{folder}: no network there", expected="a .safetensors file, or a folder with config.json and weights"
-        )
-    return hashlib.sha256("".join(f"{p.name}:{sha256(p)}\n" for p in files).encode()).hexdigest()
-
-
-def _unique(names: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ConfigError(f'delta "{name}" stands in the stack twice', fix="name it once, with the sum of the strengths")
-        seen.add(name)
-
-
-def _number(name: str, value: float, low: float, high: float) -> None:
-    if not math.isfinite(value) or not low <= value <= high:
-        raise ConfigError(f"{name} = {value}", expected=f"{low:g} .. {high:g}" if high < 1e6 else f"at least {low:g}")
-
-
-def _text(name: str, value: str, low: int, high: int) -> None:
-    if not low <= len(value) <= high:
-        raise ConfigError(f"{name} has {len(value)} characters", expected=f"{low} .. {high}")
-    if "\0" in value:
-        raise ConfigError(f"{name} holds a NUL character", fix="remove it")
-
-
-def _hex(name: str, value: str) -> None:
-    if value and (len(value) != 64 or set(value) - set("0123456789abcdef")):
-        raise ConfigError(f'{name} = "{value[:80]}"', expected="a SHA-256 in 64 lower-case hexadecimal digits")
+def _told(config: object) -> Table:
+    """A dataclass as a table without its lists of others, and without what is at its default unless `ALWAYS` names it."""
+    fields = dataclasses.fields(cast(Any, config))
+    defaults = {f.name: {} if f.default_factory == dict[str, float] else f.default for f in fields}
+    return {
+        key: value
+        for key, value in to_table(config).items()
+        if key not in (*LISTS, "folder") and (key in ALWAYS or getattr(config, key) != defaults[key])
+    }

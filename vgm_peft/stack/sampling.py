@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from vgm_peft.delta import Delta
+from vgm_peft.drawing import drawn_by
 from vgm_peft.errors import BaseModelError, ConfigError
 from vgm_peft.family import Base, fitting_threads
 from vgm_peft.picture import Picture
+from vgm_peft.stack.beginning import begin
 from vgm_peft.stack.recipe import SCHEDULERS, Stack
 from vgm_peft.stack.runtime import Applied
 
@@ -47,7 +49,7 @@ class Progress:
     def preview(self) -> "Image.Image":
         """Decode the latents as they are: still noisy, but the picture is recognisable from about half-way on."""
         pixels = self.base.family.decode(self.base, self.latents)
-        return _to_image((pixels[0].float().permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).nan_to_num().cpu().numpy())
+        return to_image((pixels[0].float().permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).nan_to_num().cpu().numpy())
 
 
 OnStep = Callable[[Progress], bool | None]
@@ -83,20 +85,20 @@ def draw(applied: Applied, record: Stack, on_step: OnStep | None = None) -> Iter
     record = replace(record, base_digest=base.digest, width=width, height=height, guidance=guidance, count=1).beginning_at(
         record.folder
     )
+    beginning = begin(base, stack, (width, height))
+    pipe = cast(Any, beginning.pipe)
     arguments: dict[str, Any] = {
         "num_inference_steps": stack.steps,
         "guidance_scale": guidance,
-        "width": width,
-        "height": height,
         "output_type": "np",
+        **beginning.arguments,
     }
     applied.controls.show(width, height)
-    with fitting_threads(base.denoiser), _dressed(base.pipe, scheduler_for(base, stack.scheduler)):
-        arguments |= base.family.prompting(base, stack.prompt, stack.negative)
+    with fitting_threads(base.denoiser), dressed(pipe, scheduler_for(base, stack.scheduler)), drawn_by(base, pipe):
+        arguments |= applied.prompting()
         for i in range(stack.count):
-            watch = _Watch(base, on_step, i + 1, stack.count, stack.steps)
+            watch = _Watch(base, on_step, i + 1, stack.count, stack.done)
             generator = torch.Generator("cpu").manual_seed(stack.seed + i)
-            pipe = cast(Any, base.pipe)
             pixels = pipe(**arguments, generator=generator, callback_on_step_end=watch).images[0]
             if watch.stopped:
                 return
@@ -105,7 +107,7 @@ def draw(applied: Applied, record: Stack, on_step: OnStep | None = None) -> Iter
                     f"picture {i + 1} is not finite", fix="use dtype bfloat16 or float32, or smaller strengths"
                 )
             seeded = replace(record, seed=stack.seed + i).beginning_at(record.folder)
-            yield Picture(_to_image(pixels), seeded)
+            yield Picture(beginning.finish(to_image(pixels)), seeded)
 
 
 def scheduler_for(base: Base, name: str) -> "SchedulerMixin":
@@ -138,7 +140,7 @@ class _Watch:
 
 
 @contextmanager
-def _dressed(pipe: "DiffusionPipeline", scheduler: "SchedulerMixin") -> Generator[None]:
+def dressed(pipe: "DiffusionPipeline", scheduler: "SchedulerMixin") -> Generator[None]:
     """Give a pipeline another scheduler and no progress bar of its own, for a while."""
     loose: Any = pipe
     before, bar = loose.scheduler, getattr(pipe, "_progress_bar_config", None)
@@ -154,7 +156,7 @@ def _dressed(pipe: "DiffusionPipeline", scheduler: "SchedulerMixin") -> Generato
             loose._progress_bar_config = bar
 
 
-def _to_image(pixels: "np.ndarray[Any, Any]") -> "Image.Image":
+def to_image(pixels: "np.ndarray[Any, Any]") -> "Image.Image":
     """Turn (P, Q, 3) in 0 .. 1 into a picture, rounding as diffusers does."""
     from PIL import Image
 

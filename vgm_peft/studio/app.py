@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgm_peft.errors import ConfigError, VgmError
-from vgm_peft.stack.recipe import Stack
+from vgm_peft.errors import ConfigError
 from vgm_peft.studio.engine import Engine
 from vgm_peft.studio.guard import Guard
 from vgm_peft.studio.jobs import Desk
@@ -15,6 +14,8 @@ from vgm_peft.studio.settings import Settings
 
 if TYPE_CHECKING:
     import gradio as gr
+
+    from vgm_peft.studio.create import CreateTab
 
 QUEUE = 16
 """Drawings that may wait; more are told to come back."""
@@ -49,22 +50,31 @@ def build(settings: Settings) -> Studio:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import gradio as gr
 
+    from vgm_peft.studio import draw_api, train_api
+    from vgm_peft.studio.compare import CompareTab
     from vgm_peft.studio.create import CreateTab
+    from vgm_peft.studio.library import LibraryTab
     from vgm_peft.studio.train import TrainTab
 
-    for folder in (settings.runs, settings.pictures, settings.inbox):
+    for folder in (settings.runs, settings.pictures, settings.queue):
         folder.mkdir(parents=True, exist_ok=True)
     engine, desk = Engine(settings), Desk(settings)
     create = CreateTab(engine)
-    train = TrainTab(desk, create)
+    library, train, compare = LibraryTab(engine), TrainTab(desk, engine), CompareTab(engine, desk)
     with gr.Blocks(title="vgm studio", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h1>vgm studio</h1><p>Teach a base model something new, and draw with what it learned.</p>", elem_id="title")
         with gr.Tabs():
             with gr.Tab("Create"):
                 create.build(page)
+            with gr.Tab("Library"):
+                library.build()
             with gr.Tab("Train"):
                 train.build()
-        _endpoints(engine, desk)
+            with gr.Tab("Compare"):
+                compare.build(page)
+        draw_api.endpoints(engine)
+        train_api.endpoints(desk, engine)
+        _news(create)
     page.queue(max_size=QUEUE, default_concurrency_limit=4)
     return Studio(settings, engine, desk, page)
 
@@ -78,10 +88,11 @@ def launch_options(settings: Settings) -> dict[str, Any]:
         "server_port": settings.port or None,
         "auth": settings.auth,
         "allowed_paths": [str(settings.pictures.absolute()), str(settings.runs.absolute())],
+        "blocked_paths": [str(settings.queue.absolute())],
         "max_file_size": settings.upload_bytes,
         "app_kwargs": {"middleware": [Middleware(Guard, hosts=settings.hosts)]},
         "theme": theme(),
-        "css": CSS,
+        "css": CSS + (Path(__file__).parent / "web" / "tabs.css").read_text(encoding="utf-8"),
         "head": SHORTCUT,
         "share": False,
         "enable_monitoring": False,
@@ -95,50 +106,16 @@ def launch_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _endpoints(engine: Engine, desk: Desk) -> None:
-    """Name what programs may ask for (`gradio_client`): `/deltas`, `/draw`, `/training`; `/train` belongs to its tab."""
+def _news(create: "CreateTab") -> None:
+    """Have *Create* offer what a training or another program put into the library meanwhile."""
     import gradio as gr
 
-    from vgm_peft.studio.create import explain
+    def look(seen: list[str]) -> tuple[Any, list[str]]:
+        names = create.names()
+        return (gr.skip() if names == seen else gr.Dropdown(choices=names)), names
 
-    def deltas() -> list[str]:
-        """The names of the deltas in the library."""
-        return [found.name for found in engine.deltas()]
-
-    def draw(prompt: str, deltas: dict[str, float], settings: dict[str, str | int | float]) -> dict[str, list[str]]:
-        """Draw pictures; `deltas` are names with strengths, `settings` keys of a stack (steps, guidance, seed, count ...)."""
-        allowed = {"negative", "steps", "guidance", "seed", "count", "width", "height", "scheduler"}
-        try:
-            if unknown := sorted(set(settings) - allowed):
-                raise ConfigError(f'unknown setting "{unknown[0]}"', expected="one of " + ", ".join(sorted(allowed)))
-            strengths = {str(name): _number(strength) for name, strength in deltas.items()}
-            drawn = engine.draw(Stack.of_table({**settings, "prompt": prompt}), strengths)
-        except Exception as error:
-            raise gr.Error(explain(error), print_exception=not isinstance(error, VgmError)) from None
-        return {"files": [str(d.path) for d in drawn], "parameters": [d.parameters for d in drawn]}
-
-    def training() -> dict[str, str | int | float | bool | None]:
-        """How the training stands that runs or ran last."""
-        if desk.job is None:
-            return {"running": False, "message": "No training yet."}
-        state = desk.job.state()
-        return {
-            "running": state.running,
-            "step": state.step,
-            "steps": state.steps,
-            "loss": state.loss,
-            "message": state.message,
-        }
-
-    gr.api(deltas, api_name="deltas", queue=False)
-    gr.api(draw, api_name="draw", concurrency_id="drawing", concurrency_limit=4)
-    gr.api(training, api_name="training", queue=False)
-
-
-def _number(value: object) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    raise ConfigError(f"strength {value!r}", expected="a number")
+    seen, timer = gr.State(list[str]()), gr.Timer(2.0)
+    timer.tick(look, seen, [create.chosen, seen], queue=False, show_progress="hidden", api_visibility="private")
 
 
 def settings_of_environment() -> Settings:

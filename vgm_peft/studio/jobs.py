@@ -1,193 +1,226 @@
-"""Trainings, each in a process of its own, so that the Studio stays quick and a closed browser tab ends nothing."""
+"""The desk of trainings: they wait in a queue of files and run one at a time, each in a process of its own.
 
-import json
-import re
-import signal
+All that it knows stands in the tickets, so a Studio that was killed finds everything as it was: what still trains, what waits,
+what was interrupted. Two Studios on one folder of runs share its queue; whoever moves it holds its lock for that moment.
+"""
+
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
 
-from vgm_peft.data.faults import KINDS
-from vgm_peft.errors import ConfigError, TrainError
+from vgm_peft.errors import TrainError, VgmError
+from vgm_peft.studio.metrics import Metrics
 from vgm_peft.studio.settings import Settings
+from vgm_peft.studio.tickets import State, Status, Ticket, base_name, tickets_of, tidy, write_ticket
+from vgm_peft.studio.wishes import Wish
+from vgm_peft.train.lock import locked
 
-ALLOWED = {kind: KINDS[kind] for kind in ("tiny", "duplicate", "near-duplicate")}
-"""What can be wrong with pictures that were written anew when they were uploaded, and what happens when it is allowed."""
-TAIL = 30_000
-"""Bytes of a log that are ever looked at."""
-
-
-@dataclass(frozen=True)
-class Wish:
-    """A training as asked for in the browser."""
-
-    name: str
-    class_prompt: str
-    steps: int
-    token: str = "sks"
-    seed: int = 0
-    allow: tuple[str, ...] = ()
-    """Kinds of faults in the pictures to go on in spite of, of `ALLOWED`."""
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 _-]{0,39}", self.name):
-            raise ConfigError(
-                f'the name "{self.name[:60]}"',
-                expected="1 to 40 letters, digits, spaces, _ or -, the first no sign",
-            )
-        for what, text in (("what it is", self.class_prompt), ("the word for it", self.token)):
-            if not text.strip() or len(text) > 200 or not text.isprintable():
-                raise ConfigError(f"{what} is {len(text)} characters long", expected="1 .. 200 ordinary characters")
-        if " " in self.token.strip():
-            raise ConfigError(f'the word "{self.token}"', expected="one word, such as sks")
-        if strange := set(self.allow) - ALLOWED.keys():
-            raise ConfigError(f'allow "{min(strange)}"', expected="some of " + ", ".join(ALLOWED))
-        if not 1 <= self.steps <= 100_000:
-            raise ConfigError(f"steps = {self.steps}", expected="1 .. 100,000")
-
-    @property
-    def folder_name(self) -> str:
-        """The run's folder name."""
-        return self.name.strip().replace(" ", "-")
+WAITING, SHOWN = 8, 10
+"""Trainings that may wait, and those that ended of which the page still tells."""
+LOOK = 0.4
+"""Seconds between two looks whether the next one may begin."""
+PATIENCE = 10.0
+"""Seconds to wait for another Studio that moves the queue."""
 
 
 @dataclass(frozen=True)
-class State:
-    """How a training stands, read from what it wrote."""
+class Past:
+    """What a training took that is over."""
 
     name: str
-    running: bool
-    step: int
     steps: int
-    loss: float | None
-    seconds_left: float | None
-    previews: tuple[Path, ...]
-    message: str
-    """One line: where it is, or how it ended."""
-    log: str = ""
+    pace: float
+    """Seconds a step."""
+    seconds: float | None
+    """From first to last, where it was not interrupted."""
+    peak: int | None
+    """Bytes of the machine's memory."""
 
-
-class Job:
-    """One training process and its folder."""
-
-    def __init__(self, settings: Settings, wish: Wish, images: Path) -> None:
-        """Start `vgm-train` on a folder of pictures. Raises `TrainError` when the run's folder exists."""
-        self.wish, self.folder = wish, settings.runs / wish.folder_name
-        self.log = settings.inbox / f"{wish.folder_name}.log"
-        self._asked_to_stop = False
-        recipe = [f"--recipe={settings.recipe}"] if settings.recipe else []
-        # A list, never a shell; "=" keeps a text that begins with "-" from being read as a flag.
-        command = [
-            *(sys.executable, "-c", "import sys; from vgm_peft.cli import main; sys.exit(main('train'))", "dreambooth"),
-            *(f"--images={images}", f"--base={settings.base}", f"--output={self.folder}"),
-            *(f"--class-prompt={wish.class_prompt.strip()}", f"--token={wish.token.strip()}"),
-            *(f"--steps={wish.steps}", f"--seed={wish.seed}", f"--set=preview.every={-(-wish.steps // 4)}", *recipe),
-            *([f"--allow={','.join(wish.allow)}"] if wish.allow else []),
-        ]
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    @property
-    def running(self) -> bool:
-        """Whether the process is alive."""
-        return self._process.poll() is None
-
-    def stop(self) -> None:
-        """Ask the training to save and leave; ask again to end it at once."""
-        self._asked_to_stop = True
-        if self.running:
-            self._process.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGINT)
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for the end, at most so long; say whether it came."""
-        end = time.monotonic() + seconds
-        while self.running and time.monotonic() < end:
-            time.sleep(0.05)
-        return not self.running
-
-    def state(self) -> State:
-        """Read how the training stands."""
-        step, loss, pace = _last_metrics(self.folder / "metrics.jsonl")
-        steps, running = self.wish.steps, self.running
-        left = pace * (steps - step) if running and pace and step else None
-        previews = tuple(sorted((self.folder / "samples").glob("*.png"), key=lambda p: p.stat().st_mtime)[-8:])
-        log = _tail(self.log)
-        return State(self.wish.name, running, step, steps, loss, left, previews, self._message(step, running, log), log)
-
-    def _message(self, step: int, running: bool, log: str) -> str:
-        if running:
-            return f"Step {step} of {self.wish.steps}" if step else "Getting ready: reading pictures, loading the base"
-        if (self.folder / "delta.safetensors").is_file() and self._process.returncode == 0:
-            return f"Done. “{self.folder.name}” is now among the deltas of Create."
-        if self._asked_to_stop:
-            return "Stopped."
-        lines = [line for line in log.splitlines() if line.strip()]
-        return "It failed: " + (lines[-1].removeprefix("vgm-train: ") if lines else f"exit status {self._process.returncode}")
+    def seconds_for(self, steps: int) -> float:
+        """How long one of so many steps would take, getting ready included where that is known."""
+        ready = max(0.0, self.seconds - self.steps * self.pace) if self.seconds is not None else 0.0
+        return ready + steps * self.pace
 
 
 class Desk:
-    """The Studio's one training at a time."""
+    """Takes wishes, begins trainings, and says how they stand. Safe to call from several threads."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.job: Job | None = None
-        self._lock = threading.Lock()
+        self.settings, self.queue = settings, settings.queue
+        self.queue.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.RLock()
+        self._begun: dict[int, subprocess.Popen[bytes]] = {}
+        self._known: dict[str, Ticket] = {}
+        self._metrics: dict[int, Metrics] = {}
+        self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
 
-    def start(self, wish: Wish, files: list[str]) -> Job:
-        """Keep the pictures and start training. Raises `TrainError` while another training runs or for a name in use."""
-        from vgm_peft.studio.uploads import keep_pictures
-
-        with self._lock:  # two tabs may press at once
-            if self.job is not None and self.job.running:
-                raise TrainError(f'"{self.job.wish.name}" is still training', fix="wait for it, or stop it")
-            if (self.settings.runs / wish.folder_name).exists():
+    def start(self, wish: Wish, files: Sequence[str]) -> Ticket:
+        """Keep the pictures and queue the training. Raises `TrainError` for a name in use or a full queue, `DataError`."""
+        with self._moving():
+            known = self.tickets()
+            if (self.settings.runs / wish.folder_name).exists() or any(t.wish.folder_name == wish.folder_name for t in known):
                 raise TrainError(f'a run named "{wish.name}" exists', fix="choose another name")
-            images = self.settings.inbox / f"{wish.folder_name}-{time.time_ns():x}" / wish.folder_name
-            keep_pictures(files, images, self.settings.upload_count)
-            self.job = Job(self.settings, wish, images)
-            return self.job
+            if sum(self._status(ticket) == "waiting" for ticket in known) >= WAITING:
+                raise TrainError(f"{WAITING} trainings wait already", fix="let one end, or take one out of the queue")
+            numbers = [int(p.name) for p in self.queue.glob("[0-9]*") if p.name.isdecimal()]
+            ticket = write_ticket(self.queue, max(numbers, default=0) + 1, self.settings, wish, files)
+        self.advance()
+        self.wake()
+        return ticket
 
-    def stop(self) -> None:
-        """Stop the training that runs, if one does."""
-        if self.job is not None:
-            self.job.stop()
+    def stop(self, number: int) -> None:
+        """Have a training save and leave, or take one that waits out of the queue. Raises `TrainError` for none."""
+        with self._moving():
+            ticket = self.ticket(number)
+            if self._status(ticket) == "waiting":
+                ticket.remove()
+                return
+        deadline = time.monotonic() + PATIENCE  # of a process begun just now, which cannot be asked before it has its lock
+        while not ticket.interrupt() and self._status(ticket) == "running" and time.monotonic() < deadline:
+            time.sleep(0.05)
 
+    def go_on(self, number: int) -> None:
+        """Queue a training again that ended without a result; it goes on from its last checkpoint. Raises `TrainError`."""
+        with self._moving():
+            ticket = self.ticket(number)
+            status = self._status(ticket)
+            if status not in ("stopped", "interrupted", "failed"):
+                raise TrainError(f'"{ticket.wish.name}" is {status}', expected="one that ended without a result")
+            ticket.again()
+        self.wake()
 
-def _last_metrics(path: Path) -> tuple[int, float | None, float | None]:
-    """Return the last step, its loss, and the median seconds a step of the lines at the end of a metrics file."""
-    lines: list[dict[str, object]] = []
-    for line in _tail(path).splitlines():
-        try:
-            parsed = json.loads(line)
-        except ValueError:  # the first line of the tail, or one just being written
-            continue
-        if isinstance(parsed, dict):
-            lines.append(cast("dict[str, object]", parsed))
-    if not lines:
-        return 0, None, None
-    last = lines[-1]
-    step, loss = last.get("step"), last.get("loss")
-    paces = sorted(s for s in (line.get("seconds") for line in lines) if isinstance(s, (int, float)))
-    return (
-        step if isinstance(step, int) else 0,
-        float(loss) if isinstance(loss, (int, float)) else None,
-        float(paces[len(paces) // 2]) if paces else None,
-    )
+    def remove(self, number: int) -> None:
+        """Forget a training that does not run, and its uploaded pictures; its run stays. Raises `TrainError`."""
+        with self._moving():
+            ticket = self.ticket(number)
+            if self._status(ticket) == "running":
+                raise TrainError(f'"{ticket.wish.name}" is running', fix="stop it first")
+            self._metrics.pop(number, None)
+            ticket.remove()
 
+    def tickets(self) -> list[Ticket]:
+        """All trainings, oldest first; a ticket never changes, so each is read once."""
+        with self._lock:
+            self._known = tickets_of(self.queue, self._known)
+            return list(self._known.values())
 
-def _tail(path: Path) -> str:
-    """The end of a text file; progress bars' overwritten lines are left out."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - TAIL))
-            text = file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
-    return "\n".join(line.rsplit("\r", 1)[-1] for line in text.split("\n") if line.strip())
+    def ticket(self, number: int) -> Ticket:
+        """One training. Raises `TrainError` where there is none of that number."""
+        for ticket in self.tickets():
+            if ticket.number == number:
+                return ticket
+        raise TrainError(f"there is no training {number}", fix="reload the page")
+
+    def states(self) -> list[State]:
+        """How the trainings stand that run or wait, and the newest of the others: oldest first."""
+        with self._lock:
+            statuses: list[tuple[Ticket, Status]] = [(ticket, self._status(ticket)) for ticket in self.tickets()]
+            ended = [ticket.number for ticket, status in statuses if status not in ("running", "waiting")]
+            running, waiting, out = any(status == "running" for _, status in statuses), 0, list[State]()
+            for ticket, status in statuses:
+                if ticket.number not in ended[:-SHOWN]:
+                    out.append(ticket.state(self.metrics(ticket.number), status, waiting + running))
+                waiting += status == "waiting"
+            return out
+
+    def state(self, number: int) -> State:
+        """How one stands. Raises `TrainError` where there is none of that number."""
+        with self._lock:
+            ticket = self.ticket(number)
+            return ticket.state(self.metrics(number), self._status(ticket))
+
+    def metrics(self, number: int) -> Metrics:
+        """The record of a training as far as it was read."""
+        with self._lock:
+            return self._metrics.setdefault(number, Metrics())
+
+    def alike(self, wish: Wish) -> Past | None:
+        """The newest training that ended well and trained the same way on the same base, if there is one."""
+        base = base_name(self.settings.base)
+        for ticket in reversed(self.tickets()):
+            other, end = ticket.wish, ticket.end() or {}
+            same = (other.task, other.preset, other.method, ticket.base) == (wish.task, wish.preset, wish.method, base)
+            if same and end.get("status") == 0:
+                with self._lock:
+                    metrics = self.metrics(ticket.number)
+                    metrics.update(ticket.run / "metrics.jsonl")
+                    if metrics.pace is not None:
+                        return Past(other.name, other.steps, metrics.pace, end.get("seconds"), end.get("peak"))
+        return None
+
+    def wake(self) -> None:
+        """See to it that the queue is looked after (idempotent); a page that is only built starts nothing."""
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._closed.clear()
+                self._thread = threading.Thread(target=self._serve, name="trainings", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Look after it no longer; what runs goes on."""
+        self._closed.set()
+
+    def advance(self) -> None:
+        """Begin the next training if none runs."""
+        if self._next() is None:
+            return
+        with self._moving():
+            ticket = self._next()  # another Studio may have begun it meanwhile
+            if ticket is None:
+                return
+            command = [sys.executable, "-m", "vgm_peft.studio.trainer", str(ticket.folder.absolute())]
+            self._begun[ticket.number] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def _next(self) -> Ticket | None:
+        """The training to begin now."""
+        with self._lock:
+            statuses = [(self._status(ticket), ticket) for ticket in self.tickets()]
+        if any(status == "running" for status, _ in statuses):
+            return None
+        return next((ticket for status, ticket in statuses if status == "waiting"), None)
+
+    def _serve(self) -> None:
+        said = ""
+        with self._moving():
+            tidy(self.queue)
+        while not self._closed.wait(LOOK):
+            try:
+                self.advance()
+            except (VgmError, OSError) as error:  # a disk that is full or gone may come back
+                if str(error) != said:
+                    print(f"vgm-studio: the queue of trainings stands still: {error}", flush=True)
+                said = str(error)
+
+    def _status(self, ticket: Ticket) -> Status:
+        with self._lock:
+            process = self._begun.get(ticket.number)
+            if process is None:
+                return ticket.status()
+            code = process.poll()
+            if code is not None:
+                del self._begun[ticket.number]
+                if code not in (0, 3) and ticket.status() == "waiting":
+                    ticket.fail(code)
+            return ticket.status(starting=code is None)
+
+    @contextmanager
+    def _moving(self) -> Generator[None]:
+        """Have the queue alone, among threads and among Studios. Raises `TrainError` when another keeps it."""
+        deadline = time.monotonic() + PATIENCE
+        with self._lock, ExitStack() as holding:
+            while True:
+                try:
+                    holding.enter_context(locked(self.queue))
+                    break
+                except TrainError:
+                    if time.monotonic() > deadline:
+                        raise TrainError("another Studio is moving the queue of trainings", fix="try again") from None
+                    time.sleep(0.05)
+            yield

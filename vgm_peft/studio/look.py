@@ -15,6 +15,15 @@ CSS = """
 .status .track { height: 6px; border-radius: 3px; background: var(--border-color-primary); margin-top: 6px; overflow: hidden; }
 .status .done { height: 100%; border-radius: 3px; background: var(--color-accent); transition: width .25s ease-out; }
 .hint { color: var(--body-text-color-subdued); font-size: .9rem; }
+.create { display: grid !important; align-items: start; }
+.create { grid-template: "asked results" auto "panels results" 1fr / minmax(0, 5fr) minmax(0, 6fr); }
+.create .asked { grid-area: asked; }
+.create .panels { grid-area: panels; }
+.create .results { grid-area: results; position: sticky; top: 8px; }
+@media (max-width: 899px) {
+  .create { grid-template: "asked" auto "results" auto "panels" auto / minmax(0, 1fr); }
+  .create .results { position: static; }
+}
 #log textarea, #details textarea { font-family: var(--font-mono); font-size: .8rem; line-height: 1.5; }
 footer { display: none !important; }
 @media (max-width: 520px) { .gradio-container main.fillable { padding: 8px !important; } }
@@ -31,6 +40,18 @@ document.addEventListener('keydown', (event) => {
 </script>
 """
 """Ctrl-Enter (or Cmd-Enter) draws."""
+
+
+SAVE_TEXT = """
+(text) => {
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([text], { type: 'application/toml' }));
+  link.download = 'stack.toml';
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+"""
+"""Hands a text to the browser as a file, which the server never has."""
 
 
 def theme() -> "gr.themes.Base":

@@ -47,9 +47,14 @@ class Settings:
         return (self.runs, *self.library)
 
     @property
-    def inbox(self) -> Path:
-        """Where pictures uploaded for a training are kept."""
-        return self.runs / ".uploads"
+    def queue(self) -> Path:
+        """Where trainings that were asked for are kept, with their pictures."""
+        return self.runs / ".queue"
+
+    @property
+    def inputs(self) -> Path:
+        """Where pictures that drawings use are kept: control pictures, masks, pictures to begin from."""
+        return self.pictures / ".inputs"
 
     @property
     def hosts(self) -> frozenset[str]:

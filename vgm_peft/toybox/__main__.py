@@ -97,7 +97,8 @@ def _add_render(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pairs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kind", required=True, choices=("depth", "normals", "mask", "edges"), help="what steers")
+    kinds = "what steers: depth, normals, mask, edges; depth,mask: side by side"
+    parser.add_argument("--kind", required=True, metavar="KIND", help=kinds)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--count", type=int, default=1000, help="pairs (default 1000)")
     parser.add_argument("--seed", type=int, default=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -56,12 +56,15 @@ def pair_scene(seed: int, index: int) -> tuple[Scene, str]:
 
 
 def write_pairs(folder: Path | str, kind: str, count: int, seed: int = 0, size: int = 64) -> Path:
-    """Write `count` pictures of `size` pixels a side with control pictures of a kind of `CONTROLS`; returns the folder.
+    """Write `count` pictures of `size` pixels a side with control pictures of a kind of `CONTROLS`, or of several kinds
+    between commas side by side; returns the folder.
 
     Raises `ConfigError` for an unknown kind, `SaveError` for a folder that cannot be written or holds something else.
     """
-    if kind not in CONTROLS:
-        raise ConfigError(f'no control picture "{kind}"', expected=", ".join(CONTROLS), fix=nearest(kind, list(CONTROLS)))
+    kinds = kind.split(",")
+    for name in kinds:
+        if name not in CONTROLS:
+            raise ConfigError(f'no control picture "{name}"', expected=", ".join(CONTROLS), fix=nearest(name, list(CONTROLS)))
     if count < 1:
         raise ConfigError(f"{count} pairs", expected="at least one")
     folder, digits = Path(folder), max(4, len(str(count)))
@@ -72,7 +75,7 @@ def write_pairs(folder: Path | str, kind: str, count: int, seed: int = 0, size: 
         new = pairs
         further = itertools.count(count)
         while new:
-            _draw(folder, kind, {name: scene for name, (scene, _) in new.items()}, size)
+            _draw(folder, kinds, {name: scene for name, (scene, _) in new.items()}, size)
             new = {name: pair_scene(seed, next(further)) for name in _repeated(folder, pairs)}
             pairs |= new
         rows = [{"file_name": name, "text": text, "control": f"{CONTROL}/{name}"} for name, (_, text) in pairs.items()]
@@ -82,12 +85,13 @@ def write_pairs(folder: Path | str, kind: str, count: int, seed: int = 0, size: 
     return folder
 
 
-def _draw(folder: Path, kind: str, scenes: Mapping[str, Scene], size: int) -> None:
+def _draw(folder: Path, kinds: Sequence[str], scenes: Mapping[str, Scene], size: int) -> None:
     names = list(scenes)
     for start in range(0, len(names), _TOGETHER):
         part = names[start : start + _TOGETHER]
         drawn = render([scenes[name] for name in part], size)
-        for name, image, control in zip(part, drawn.image, CONTROLS[kind](drawn), strict=True):
+        controls = torch.cat([CONTROLS[kind](drawn) for kind in kinds], dim=2)
+        for name, image, control in zip(part, drawn.image, controls, strict=True):
             Image.fromarray(image.numpy()).save(folder / name)
             Image.fromarray(control.numpy()).save(folder / CONTROL / name)
 

@@ -34,6 +34,8 @@ class TaskConfig:
 
     name: str = "dreambooth"
     """A line of the tasks table: `dreambooth`, `finetune`, `textual-inversion`, `controlnet`."""
+    start: str = ""
+    """Side networks: the saved one, a folder or file, that the run goes on from; left out: a fresh one."""
     options: Mapping[str, object] = field(default_factory=dict[str, object])
     """The task's own options; written as further keys of `[task]`."""
 
@@ -154,7 +156,7 @@ class RunConfig:
     concept: tuple[ConceptConfig, ...] = ()
     """`[[concept]]`: several folders in place of `data.images`."""
     delta: DeltaConfig | None = None
-    """Present when the task trains a delta; left out: the defaults."""
+    """Present when the task trains a delta; left out: the defaults, or for side networks none, but the network itself."""
     optimiser: OptimiserConfig = OptimiserConfig()
     loss: LossConfig = LossConfig()
     held_out: HeldOutConfig = HeldOutConfig()
@@ -214,9 +216,11 @@ def bind(given: Table, where: str = "") -> RunConfig:
         raise ConfigError(f"{where}data.control_dropout is set, but nothing that steers {config.task.name} can be left out")
     if config.data.annotator and not task.steered:
         raise ConfigError(f"{where}data.annotator is set, but {config.task.name} learns from no control pictures")
-    if not task.trains_delta:
-        if config.delta is not None:
-            raise ConfigError(f"{where}delta is set, but {config.task.name} trains no delta", fix="leave it out")
+    if config.task.start and not task.continues:
+        raise ConfigError(f"{where}task.start is set, but {config.task.name} begins from nothing saved", fix="leave it out")
+    if task.trains_delta == "never" and config.delta is not None:
+        raise ConfigError(f"{where}delta is set, but {config.task.name} trains no delta", fix="leave it out")
+    if task.trains_delta != "always" and config.delta is None:
         return config
     delta = config.delta or DeltaConfig()
     first, *more = (replace(p, rate=p.method().rate if p.rate is None else p.rate) for p in delta.pieces())

@@ -33,7 +33,8 @@ class DataConfig:
     """Where pictures count: `files` are white there (`masks/NAME`, or `mask` in metadata.jsonl), `alpha` is their own
     transparency."""
     annotator: str = ""
-    """Side networks: what computes the control pictures from the pictures, in place of control pictures beside them."""
+    """Side networks: what computes the control pictures from the pictures, in place of control pictures beside them; several,
+    between commas, for one that reads as many conditions."""
     annotator_weights: str = ""
     """Its weights, a folder or hub id, where it has any; left out: its authors' on the hub."""
     trigger: str = ""
@@ -73,9 +74,10 @@ class DataConfig:
         if self.keep_tokens and self.caption_orders == 1:
             raise ConfigError(f"keep_tokens = {self.keep_tokens}, but captions keep their order", fix="caption_orders = 8")
         if self.annotator:
-            from vgm_peft.annotate import check_name
+            from vgm_peft.annotate import check_name, names_in
 
-            check_name(self.annotator)
+            for name in names_in(self.annotator):
+                check_name(name)
         elif self.annotator_weights:
             raise ConfigError(f'annotator_weights = "{self.annotator_weights}" without an annotator', fix='annotator = "depth"')
         if self.allow:

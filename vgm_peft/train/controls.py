@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vgm_peft.annotate import Annotator, open_annotator
+from vgm_peft.annotate import Annotator, names_in, open_annotator
 from vgm_peft.data import Cache, Crop, Example, load_control, load_pixels
 from vgm_peft.data.cache import key_of
 from vgm_peft.data.encode import code_version
@@ -23,17 +23,19 @@ KEPT_BYTES = 2**30
 class Controls:
     """What steers each picture, cut and mirrored like it."""
 
-    def __init__(self, pictures: Pictures, paired: bool, setup: Setup) -> None:
+    def __init__(self, pictures: Pictures, paired: bool, setup: Setup, conditions: int = 1) -> None:
         """Compute what has to be computed. Raises `ConfigError` or `DataError` for an annotator that cannot be had."""
         data = setup.config.data
-        self.annotator = open_annotator(data.annotator, data.annotator_weights, str(setup.device)) if data.annotator else None
-        self._examples, self._paired, self._cache = pictures.examples, paired, setup.cache
+        names = names_in(data.annotator) if data.annotator else []
+        self.annotators = [open_annotator(name, data.annotator_weights, str(setup.device)) for name in names]
+        self._examples, self._paired, self._conditions = pictures.examples, paired, conditions
+        self._cache = setup.cache
         self._kept: dict[tuple[int, Crop], Tensor] = {}
-        if self.annotator is not None:
+        if self.annotators:
             self._compute(pictures, setup)
 
     def __call__(self, cut: Cut) -> Tensor:
-        """Return what steers a picture, (3, P, Q) uint8."""
+        """Return what steers a picture, (3 n, P, Q) uint8 for n conditions."""
         place = (cut.example, cut.crop)
         found = self._kept.get(place)
         if found is None:
@@ -44,7 +46,7 @@ class Controls:
 
     def facts(self) -> Mapping[str, str]:
         """For the manifest: what computed the control pictures."""
-        return {"annotator": f"{self.annotator.name} {self.annotator.identity}"} if self.annotator else {}
+        return {"annotator": "; ".join(f"{a.name} {a.identity}" for a in self.annotators)} if self.annotators else {}
 
     def _compute(self, pictures: Pictures, setup: Setup) -> None:
         cuts = list(dict.fromkeys(Cut(view.example, crop, False) for view in pictures.views for crop in view.crops))
@@ -54,9 +56,9 @@ class Controls:
                 tell(done, len(cuts))
 
     def _read(self, example: Example, crop: Crop) -> Tensor:
-        if self.annotator is not None:
-            return annotated(example, crop, self.annotator, self._cache)
-        return _bytes(load_control(example, crop)) if self._paired else _shown(example, crop)
+        if self.annotators:
+            return torch.cat([annotated(example, crop, annotator, self._cache) for annotator in self.annotators])
+        return _bytes(load_control(example, crop, count=self._conditions)) if self._paired else _shown(example, crop)
 
 
 def annotated(example: Example, crop: Crop, annotator: Annotator, cache: Cache) -> Tensor:

@@ -50,14 +50,7 @@ class Learner:
         Raises `ConfigError` or `DeltaError`, so this comes before all long work.
         """
         config, base = setup.config, setup.base
-        delta, rates = Delta(base.family.name), dict[str, float]()
-        for number, piece in enumerate((config.delta or DeltaConfig()).pieces()):
-            method = piece.method()
-            options = cast("DataclassInstance", build(method.Options, piece.options, "delta."))
-            sites = choose(base.sites, piece.sites, base.family.presets, method.ops)
-            _apart(sites, delta, piece)
-            rates |= dict.fromkeys((site.name for site in sites), method.rate if piece.rate is None else piece.rate)
-            delta.patches |= Delta.fit(base.family.name, method, sites, options, seed=config.seed + number).patches
+        delta, rates = fit(config, base.family.name, base.sites, base.family.presets)
         delta.to(setup.device)
         wording = Wording.of(setup, words, texts)
         delta.words |= wording.words
@@ -99,8 +92,7 @@ class Learner:
         for site, patch in self.delta.patches.items():
             rate = optimiser.lr if patch.site.part == self.base.family.denoiser else text_rate
             for name, parameter in ((n, p) for n, p in patch.named_parameters() if p.requires_grad):
-                factor = self.rates[site] * _factor(patch, name)
-                rates.setdefault(rate * factor, {})[f"{site}/{name}"] = parameter
+                rates.setdefault(rate * (self.rates[site] * factor(patch, name)), {})[f"{site}/{name}"] = parameter
         pivotal = self.pivotal if self.wording.words else PivotalOptions()
         weights = [Group(rate, parameters, span=(pivotal.word_first, 1.0)) for rate, parameters in rates.items()]
         return weights + self.wording.groups(pivotal.word_lr, 0.0, (0.0, pivotal.word_until))
@@ -127,6 +119,24 @@ class Learner:
         scales = sorted({float(getattr(p.options, "scale", 1.0)) for p in self.delta})
         words = {"words": {token: word.vectors for token, word in self.delta.words.items()}} if self.delta.words else {}
         return {"kind": list(self.delta.kinds), "sites": len(self.delta.patches), "effective_scale": scales, **words}
+
+
+def fit(
+    config: RunConfig, family: str, sites: Sequence[Site], presets: Mapping[str, Sequence[str]]
+) -> tuple[Delta, dict[str, float]]:
+    """Make the delta that `[delta]` asks for on chosen ones of some sites, in training mode, and say its rate at each by name.
+
+    Raises `ConfigError` or `DeltaError`.
+    """
+    delta, rates = Delta(family), dict[str, float]()
+    for number, piece in enumerate((config.delta or DeltaConfig()).pieces()):
+        method = piece.method()
+        options = cast("DataclassInstance", build(method.Options, piece.options, "delta."))
+        chosen = choose(sites, piece.sites, presets, method.ops)
+        _apart(chosen, delta, piece)
+        rates |= dict.fromkeys((site.name for site in chosen), method.rate if piece.rate is None else piece.rate)
+        delta.patches |= Delta.fit(family, method, chosen, options, seed=config.seed + number).patches
+    return delta, rates
 
 
 def save_delta(delta: Delta, folder: Path, config: RunConfig, base: Base) -> Path:
@@ -168,5 +178,6 @@ def _apart(sites: Sequence[Site], delta: Delta, piece: DeltaConfig) -> None:
         )
 
 
-def _factor(patch: Patch, name: str) -> float:
+def factor(patch: Patch, name: str) -> float:
+    """By what the rate of a patch is multiplied for one of its parameters."""
     return next((factor for suffix, factor in patch.extra_groups().items() if name.endswith(suffix)), 1.0)

@@ -39,6 +39,19 @@ def locked(folder: Path) -> Generator[None]:
             path.unlink(missing_ok=True)
 
 
+def holder(folder: Path) -> int | None:
+    """The number of the living process that has a folder, by what its lock says; `None` when none has it."""
+    try:
+        number = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        owner = _owner(number)
+    finally:
+        os.close(number)
+    return int(owner["pid"]) if _alive(owner) else None
+
+
 def _take(number: int, path: Path) -> None:
     owner = _owner(number)
     held = _flock(number)
@@ -85,9 +98,11 @@ def _alive(owner: dict[str, Any]) -> bool:
 def _born(pid: int) -> str | None:
     """When a process began, in the words of this machine; `None` when there is none of that number."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()  # in ticks since the start: setting the clock does not change it
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {stat.rpartition(')')[2].split()[19]}"
+        if stat[0] in "ZX":  # it has ended; only nobody has asked yet how
+            return None
+        return f"{boot} {stat[19]}"  # in ticks since the start: setting the clock does not change it
     except OSError:  # no such process, or no such system
         if Path("/proc/self/stat").exists():
             return None

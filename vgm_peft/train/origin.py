@@ -7,8 +7,10 @@ from vgm_peft.config import Table, to_table
 from vgm_peft.errors import TrainError
 from vgm_peft.train.config import RunConfig, bind, table
 
-HARMLESS = ("output", "exports", "preview", "checkpoint", "base", "data.images", "data.allow", "data.cache_gib", "scores.model")
-"""Settings that may differ when a run is resumed; base, scorer and pictures are compared by content instead."""
+COMPARED = ("base", "task.start", "data.images", "scores.model")
+"""Settings that say where something is; it is compared by content."""
+HARMLESS = (*COMPARED, "output", "exports", "preview", "checkpoint", "data.allow", "data.cache_gib")
+"""Settings that may differ when a run is resumed."""
 ENDLESS = ("constant", "inverse_sqrt")
 """Schedules that do not look at the end of the run: more steps may be asked for."""
 Origin = Mapping[str, object]

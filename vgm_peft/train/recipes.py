@@ -56,7 +56,7 @@ def resolve(flags: Table, recipe: Path | None = None) -> Resolved:
     layer, notices = with_room(read_recipe(path), flags)
     if not exact and asked.delta is not None:
         layer = {k: v for k, v in layer.items() if k != "delta"}
-        notices += (f"no recipe is shipped for {asked.delta.kind} here: all but [delta] is from that of another kind",)
+        notices += (f"no recipe is shipped for {asked.delta.kind} here: all but [delta] is from {path.name}",)
     return Resolved(bind(merge(layer, flags)), path, notices)
 
 
@@ -117,7 +117,7 @@ def shipped_recipe(task: str, delta: DeltaConfig | None, bases: Sequence[str]) -
     folder = shipped_folder()
     if folder is None:
         return None
-    kinds = [f"-{delta.kind}", f"-{DeltaConfig().kind}"] if delta else [""]
+    kinds = [f"-{delta.kind}", f"-{DeltaConfig().kind}", ""] if delta else [""]
     for kind in kinds:
         for base in bases:
             path = folder / f"{task}{kind}-{base}.toml"
@@ -150,6 +150,8 @@ def _moved(layer: Table, move: Callable[[str], str], is_path: Callable[[str], bo
         ]
     if isinstance(scores := out.get("scores"), dict) and isinstance(model := scores.get("model"), str):
         out["scores"] = {**scores, "model": move(model) if model and is_path(model) else model}
+    if isinstance(task := out.get("task"), dict) and isinstance(start := task.get("start"), str) and start:
+        out["task"] = {**task, "start": move(start)}
     if isinstance(base, str) and base != "toybox" and is_path(base):
         out["base"] = move(base)
     return out

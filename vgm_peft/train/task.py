@@ -168,8 +168,12 @@ class Task(ABC, Generic[Batch]):
     """A frozen dataclass: what stands in `[task]` besides `name`."""
     drops_controls: ClassVar[bool] = False
     """Its pictures can be without what steers them: `data.control_dropout` means something."""
-    trains_delta: ClassVar[bool] = True
-    """Whether `[delta]` says anything to it."""
+    trains_delta: ClassVar[Literal["always", "asked", "never"]] = "always"
+    """Whether a delta is what it trains: `asked` is where `[delta]` is given."""
+    continues: ClassVar[bool] = False
+    """It can go on from a saved network: `task.start` means something."""
+    used_by: ClassVar[str] = "--delta {}"
+    """How `vgm-generate` is told what was trained, the path in place of {}."""
     steered: ClassVar[bool] = False
     """Whether it learns from control pictures, so that an annotator says anything to it."""
 

@@ -5,16 +5,19 @@ pictures teach most of them (Zhang et al. 2023, arXiv 2302.05543); those that ar
 """
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Self, cast
+from typing import ClassVar, Literal, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vgm_peft.annotate import names_in
 from vgm_peft.beside import Beside
+from vgm_peft.config import build
 from vgm_peft.data import Source
+from vgm_peft.errors import ConfigError
 from vgm_peft.family import Base
 from vgm_peft.side import Side
 from vgm_peft.train.config import RunConfig
@@ -23,6 +26,7 @@ from vgm_peft.train.controls import Controls
 from vgm_peft.train.manifest import digest_of_examples
 from vgm_peft.train.objective import Lesson, Objective
 from vgm_peft.train.pictures import Cut, Pictures, Prompts, Shown
+from vgm_peft.train.pupil import Pupil
 from vgm_peft.train.task import Group, Preview, Setup, Task, Turn
 
 PREVIEWS = 4
@@ -30,7 +34,7 @@ PREVIEWS = 4
 
 @dataclass(frozen=True)
 class Pair:
-    """Pictures and what steers them, (B, 3, P, Q) in 0 .. 1."""
+    """Pictures and what steers them, (B, 3 n, P, Q) in 0 .. 1 for n conditions."""
 
     shown: Shown
     control: Tensor
@@ -42,12 +46,13 @@ class Pair:
 class Control(Task[Pair]):
     """A side network on pictures and what steers them; `of` makes it the task of one kind of them."""
 
-    trains_delta: ClassVar[bool] = False
+    trains_delta: ClassVar[Literal["always", "asked", "never"]] = "asked"
+    continues: ClassVar[bool] = True
     side: ClassVar[Side]
 
     config: RunConfig
     base: Base
-    network: nn.Module
+    pupil: Pupil
     beside: Beside
     pictures: Pictures
     prompts: Prompts
@@ -58,45 +63,45 @@ class Control(Task[Pair]):
     def of(cls, side: Side) -> "type[Control]":
         """Return the task that trains a side network of this kind."""
         own = {"side": side, "name": side.name, "Options": side.Options, "steered": side.paired}
+        own |= {"used_by": f"{'--control' if side.paired else '--image-prompt'} {{}}:PICTURE.png"}
         return cast("type[Control]", type(side.name, (cls,), own | {"drops_controls": type(side).silence is not Side.silence}))
 
     @classmethod
     def sources(cls, config: RunConfig) -> tuple[Source, ...]:
         """Every picture must have one that steers, where the network is taught by pairs, unless it is computed."""
-        required = cls.side.paired and not config.data.annotator
-        return tuple(replace(source, require_controls=required) for source in super().sources(config))
+        Pupil.check(cls.side, config)
+        required, count = cls.side.paired and not config.data.annotator, cls._conditions(config)
+        if config.data.annotator and len(names_in(config.data.annotator)) != count:
+            raise ConfigError(f"data.annotator = {config.data.annotator!r} for a {cls.name}", expected=f"{count} of them")
+        return tuple(replace(s, require_controls=required, conditions=count) for s in super().sources(config))
+
+    @classmethod
+    def _conditions(cls, config: RunConfig) -> int:
+        """How many control pictures belong to a picture."""
+        return cls.side.conditions(build(cls.Options, config.task.options, "task."))
 
     @classmethod
     def prepare(cls, setup: Setup) -> Self:
         """Cache latents and prompts, and make the network."""
         pictures = Pictures(setup.report.examples, setup)
-        controls = Controls(pictures, cls.side.paired, setup)
+        controls = Controls(pictures, cls.side.paired, setup, cls._conditions(setup.config))
         prompts = Prompts(pictures.captions(), setup, live=False)
-        network = cls.side.create(setup.base, setup.options(cls.Options), setup.config.seed)
-        if setup.config.compute.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
-            network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+        pupil = Pupil.of(cls.side, setup, cls.Options)
         setup.rest(False)
-        beside = setup.cleanup.enter_context(Beside(setup.base, cls.side, network))
+        beside = setup.cleanup.enter_context(Beside(setup.base, cls.side, pupil.network))
         objective = Objective.of(setup.base, setup.config.loss)
-        return cls(setup.config, setup.base, network, beside, pictures, prompts, objective, controls)
+        return cls(setup.config, setup.base, pupil, beside, pictures, prompts, objective, controls)
 
     def groups(self) -> list[Group]:
-        """The network's parameters; its first-level modules are what must move."""
-        rated: dict[float, dict[str, nn.Parameter]] = {}
-        for name, parameter in self.network.named_parameters():
-            head, _, rest = name.partition(".")
-            rated.setdefault(self.side.rate(name), {})[f"{self.side.name}.{head}/{rest}"] = parameter
-        return [Group(self.config.optimiser.lr * share, named) for share, named in rated.items()]
+        """What learns of the network, or on it."""
+        return self.pupil.groups()
 
     def batch(self, turn: Turn) -> Pair:
         """Pictures and their control pictures, cut and mirrored alike."""
         shown = self.pictures.draw(turn)
-        controls = [self.controls(cut) for cut in shown.cuts]
-        return Pair(
-            shown,
-            torch.stack(controls).to(self.pictures.device).float().div_(255.0),
-            unseen(self.config.data, shown.captions, turn),
-        )
+        controls = torch.stack([self.controls(cut) for cut in shown.cuts]).to(self.pictures.device).float().div_(255.0)
+        controls = self.side.thinned(self.pupil.network, controls, turn.generator("conditions"))
+        return Pair(shown, controls, unseen(self.config.data, shown.captions, turn))
 
     def loss(self, batch: Pair, turn: Turn) -> Tensor:
         """The mean over the pictures, of the base with what the network adds."""
@@ -105,30 +110,33 @@ class Control(Task[Pair]):
         condition = self.prompts(shown.captions)
         return self.objective.losses(Lesson(shown.x0, condition, shown.sizes, shown.mask), turn).mean()
 
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The network without dropout."""
+        return self.pupil.evaluating()
+
     def save(self, folder: Path) -> Path:
         """Write the network in its own layout."""
-        return self.side.save(self.network, folder / self.side.name)
+        return self.pupil.save(folder)
 
     @contextmanager
     def preview(self) -> Generator[Preview]:
         """The first captions and control pictures of the data."""
         examples = self.pictures.examples[:PREVIEWS]
         shown = [self._upright(i) for i in range(len(examples))]
-        self.network.eval()
-        try:
-            yield Preview(self.base.pipe, [e.caption for e in examples], lambda i: self.beside.tell(shown[i % len(shown)]))
-        finally:
-            self.beside.hush()
-            self.network.train()
+        with self.pupil.evaluating():
+            try:
+                yield Preview(self.base.pipe, [e.caption for e in examples], lambda i: self.beside.tell(shown[i % len(shown)]))
+            finally:
+                self.beside.hush()
 
     def facts(self) -> Mapping[str, object]:
         """For the manifest."""
         examples = self.pictures.examples
-        data = {"pictures": len(examples), "sha256": digest_of_examples(examples), **self.controls.facts()}
-        return {"data": data, "network": self.side.name}
+        data = {"pictures": len(examples), "sha256": digest_of_examples(examples)}
+        return {"data": {**data, **self.controls.facts(), **self.pupil.origin()}, **self.pupil.facts()}
 
     def _upright(self, index: int) -> Tensor:
-        """What steers a picture as it is drawn in a preview, (1, 3, P, Q) in 0 .. 1."""
+        """What steers a picture as it is drawn in a preview, (1, 3 n, P, Q) in 0 .. 1."""
         crop = next(view.crops[0] for view in self.pictures.views if view.example == index)
         return self.controls(Cut(index, crop, False))[None].to(self.pictures.device).float().div_(255.0)
 

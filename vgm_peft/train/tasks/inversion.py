@@ -85,7 +85,7 @@ class TextualInversion(Task[Shown]):
 
     name: ClassVar[str] = "textual-inversion"
     Options: ClassVar[type] = InversionOptions
-    trains_delta: ClassVar[bool] = False
+    trains_delta: ClassVar[Literal["always", "asked", "never"]] = "never"
 
     config: RunConfig
     base: Base
