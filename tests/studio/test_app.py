@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
+import vgm_peft
 from vgm_peft.cli import main
 from vgm_peft.errors import ConfigError, DataError, TrainError
+from vgm_peft.formats.fitting import misfit
+from vgm_peft.header import open_header
+from vgm_peft.stack.library import find
 from vgm_peft.studio.settings import Settings, parse_auth
 from vgm_peft.studio.uploads import keep_pictures
 from vgm_peft.studio.wishes import ALLOWED, Wish
@@ -108,6 +112,13 @@ def test_large_uploads_are_refused_and_small_ones_not_readable_as_pages(address:
     small = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.html", b"<script>window.__xss=1</script>")})
     shown = httpx.get(f"{address}/gradio_api/file={small.json()[0]}")
     assert shown.headers.get("content-disposition", "").startswith("attachment") or shown.status_code >= 400
+
+
+def test_the_embedded_base_comes_with_examples_which_fit_it(tmp_path: Path) -> None:
+    examples = find(Settings(base="toybox", runs=tmp_path).folders)
+    assert {found.name for found in examples} == {"robot", "mug", "toon"}
+    assert find(Settings(base="other", runs=tmp_path).folders) == []
+    assert all(misfit(open_header(found.path), vgm_peft.load("toybox")) == "" for found in examples)
 
 
 def test_a_public_address_needs_a_password(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,8 +43,16 @@ class Settings:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The whole library: runs first."""
-        return (self.runs, *self.library)
+        """The whole library: runs first, and last the examples that come with the embedded base."""
+        return (self.runs, *self.library, *self.examples)
+
+    @property
+    def examples(self) -> tuple[Path, ...]:
+        """Where deltas for the embedded base are, if it is the base."""
+        from vgm_peft.families.bases import TOYBOX, toybox_folder
+
+        folder = toybox_folder().parent / "deltas" if self.base == TOYBOX else None
+        return () if folder is None or not folder.is_dir() else (folder,)
 
     @property
     def queue(self) -> Path:
