@@ -54,7 +54,7 @@ def test_previews_are_put_side_by_side_by_step(studio: "Studio", tmp_path: Path)
 
 
 def test_the_oracles_score_what_the_embedded_base_draws(tmp_path: Path) -> None:
-    engine = Engine(Settings(runs=tmp_path / "runs", pictures=tmp_path / "pictures", library=(Path("assets/deltas"),)))
+    engine = Engine(Settings(runs=tmp_path / "runs", pictures=tmp_path / "pictures"))
     found = compare_deltas(engine, STACK, ["toon"], 1)
     assert list(found.scores) == [BASE, "toon"]
     assert all(0.0 <= row["prompt"] <= 1.0 for row in found.scores.values())

@@ -47,7 +47,7 @@ def test_side_networks_in_single_files_are_no_deltas(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "runs" / "look.safetensors")
     save_file({"lora_unet_x.lora_up.weight": torch.zeros(1, 1)}, tmp_path / "runs" / "mine.safetensors")
     (tmp_path / "runs" / "broken.safetensors").write_bytes(b"nothing")
-    shelf = Shelf(Settings(runs=tmp_path / "runs", pictures=tmp_path / "pictures"))
+    shelf = Shelf(Settings(base="other", runs=tmp_path / "runs", pictures=tmp_path / "pictures"))
     assert [found.name for found in shelf.deltas()] == ["broken", "mine"]
     assert [(found.name, found.kind) for found in shelf.networks()] == [("look", "ip-adapter")]
 
